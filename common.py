@@ -1,0 +1,783 @@
+"""What the stages share, in the order in which data meets it: errors and files, device and ranks, pictures and their
+augmentation, the backbones, windows and their stitching, class names and their embeddings, segmentation.
+
+Shapes: images are (3, H, W), maps (h, w, C) with h = H / patch and w = W / patch; heights come before widths everywhere.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import traceback
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent
+DEMO = ROOT / "data" / "demo"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+IGNORE = 255  # the label that counts nowhere
+
+
+# ---- errors and files ------------------------------------------------------------------------------------------------
+
+class WrongCall(Exception):
+    """A flag or a combination of flags that cannot work; the command ends with exit code 2."""
+
+
+class RunFailed(Exception):
+    """The call is right but the run cannot go on (a bad file, a full disk); the command ends with exit code 1."""
+
+
+def command_line(main, *args):
+    """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr, without a traceback."""
+    try:
+        main(*args)
+        code = 0
+    except WrongCall as error:
+        code = report(error, 2)
+    except RunFailed as error:
+        code = report(error, 1)
+    except KeyboardInterrupt:
+        code = report("interrupted; the same command continues where this one stopped", 130)
+    except OSError as error:
+        code = report(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except torch.OutOfMemoryError as error:
+        code = report(f"the device is out of memory ({str(error).splitlines()[0]}); a smaller --batch-size needs less", 1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def report(error, code):
+    if os.environ.get("SPAR_TRACEBACK"):
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """A temporary path in path's folder, for the caller to write; on success it replaces path, on failure it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")  # the same name each time, so that a killed run's remains are overwritten
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk, mostly; what stands at path is still the old file
+            raise RunFailed(f"{path} could not be written ({error.strerror or error}); what was finished is kept, and the same command "
+                            "continues from there") from error
+        raise
+
+
+def write_json(path, value):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path, made_by):
+    """A JSON file that a stage wrote. Raises RunFailed, naming the command that makes it."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise RunFailed(f"{path} does not exist; {made_by} makes it") from None
+    except (ValueError, IsADirectoryError, NotADirectoryError) as error:
+        raise RunFailed(f"{path} is not readable JSON ({error}); {made_by} makes it anew") from None
+
+
+def read_json_lines(path):
+    """The entries of a .jsonl file, without a last line that an interruption cut short: a list (empty without the file)."""
+    if not Path(path).exists():
+        return []
+    entries = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def write_json_lines(path, entries):
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def append_json_line(path, entry):
+    """Add one line in a single write, so that processes sharing the file do not mix their lines."""
+    with open(path, "ab", buffering=0) as file:
+        file.write((json.dumps(entry) + "\n").encode())
+
+
+def require_same_settings(path, settings, free=()):
+    """Keep a folder to one set of settings: write them on the first run, and refuse other ones on the next.
+
+    path: the JSON file of the settings. free: keys that may differ (library versions, say). Raises WrongCall.
+    """
+    if not Path(path).exists():
+        write_json(path, settings)
+        return
+    before = read_json(path, "an earlier run")
+    differing = [key for key in settings if key not in free and before.get(key) != settings[key]]
+    if differing:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is now {settings[key]!r}" for key in differing)
+        raise WrongCall(f"{Path(path).parent} was made with other settings: {changes}. Give another --out, or delete that folder")
+
+
+# ---- device, precision, ranks ----------------------------------------------------------------------------------------
+
+@dataclass
+class Runtime:
+    """Where and how a stage computes. precision is "fp32", "bf16" or "fp16"; rank and world count torchrun's processes."""
+    device: torch.device
+    precision: str
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        """The context for forward passes: matrix products in `precision`, normalisation and softmax kept in fp32 by torch."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def barrier(self):
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def start_runtime(device="auto", precision="auto", seed=0):
+    """Choose the device and the precision, seed torch, join torchrun's processes. Raises WrongCall for what is not there.
+
+    precision "auto" is fp16 on a GPU (half the time, as in the paper) and fp32 on a CPU.
+    """
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WrongCall(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(seed)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    runtime = Runtime(device, precision, rank, world)
+    if rank == 0:
+        print(f"device {device}, precision {precision}" + (f", {world} processes" if world > 1 else f", {torch.get_num_threads()} threads"))
+    return runtime
+
+
+def prefetch(function, items, workers=2):
+    """function(item) for each item, in order, computed ahead by threads (decoding and resizing release the interpreter)."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting, items = collections.deque(), iter(items)
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def list_images(root):
+    """The pictures under a folder (or the one that is given itself), as sorted paths relative to it. Raises RunFailed."""
+    root = Path(root)
+    if root.is_file():
+        return [root.name]
+    if not root.is_dir():
+        raise RunFailed(f"{root}: no such folder; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} pictures")
+    paths = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise RunFailed(f"{root} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}), nor does any folder below it")
+    return paths
+
+
+def to_rgb(picture):
+    """A PIL image of any mode as an upright RGB tensor (3, H, W) uint8; transparency is laid over white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel; PIL's own conversion would clip it at 255
+        picture = Image.fromarray((np.asarray(picture, np.float64).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def read_image(path):
+    """A picture file as (3, H, W) uint8. Raises RunFailed, naming the file, if it cannot be decoded whole."""
+    try:
+        with Image.open(path) as picture:
+            return to_rgb(picture)
+    except FileNotFoundError:
+        raise RunFailed(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
+
+
+def resize_image(image, size):
+    """Bilinear without antialiasing, rounded to 8 bits as the published preprocessing does: (3, H, W) uint8 -> (3, *size)."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+    return resized.round_().to(torch.uint8)
+
+
+def nearest_multiple(length, patch):
+    """The multiple of patch nearest to length, at least one patch."""
+    return max(patch, int(length / patch + 0.5) * patch)
+
+
+def fit_to_patches(image, patch):
+    """Resample to sides that are multiples of the patch, so that cells and pixels stay aligned: (3, H, W) -> (3, H', W')."""
+    return resize_image(image, [nearest_multiple(side, patch) for side in image.shape[-2:]])
+
+
+def resize_short_side(image, short_side, longest=2048):
+    """Keep the aspect ratio; the short side becomes short_side unless the long one would pass longest (the protocol's resize)."""
+    height, width = image.shape[-2:]
+    scale = min(short_side / min(height, width), longest / max(height, width))
+    return resize_image(image, [max(1, int(side * scale + 0.5)) for side in (height, width)])
+
+
+# ---- augmentation: once per image, because a teacher map belongs to one version of it (method.md, "Distillation") -------
+
+@dataclass
+class Augmentation:
+    """Resize into a box of (long_side r, short_side r), r uniform in ratio; enlarge to min_side; or crop; flip."""
+    long_side: int
+    short_side: int
+    ratio: tuple
+    min_side: int
+    crop_prob: float
+    flip_prob: float
+
+
+# the paper's lengths, which belong to a window of 512; "large" is its extended range (supplement 6)
+PRESETS = {"paper": Augmentation(2048, 1024, (0.5, 1.0), 512, 0.5, 0.5), "large": Augmentation(2560, 2560, (0.2, 1.0), 512, 0.5, 0.5)}
+
+# for tiny, whose window is 128 and whose pictures are no larger than 450
+DEMO_AUGMENTATION = {"paper": Augmentation(512, 256, (0.5, 1.0), 128, 0.5, 0.5), "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5)}
+
+
+def plan_augmentation(size, augmentation, patch, seed):
+    """Draw one version of an image.
+
+    size: (H, W) of the image. augmentation: None only makes the sides multiples of the patch. seed: of any hashable text.
+    Returns {"resize": [H, W], "crop": [top, left, H, W] or None, "flip": bool}, with the final sides multiples of patch.
+    """
+    height, width = size
+    if augmentation is None:
+        return {"resize": [nearest_multiple(height, patch), nearest_multiple(width, patch)], "crop": None, "flip": False}
+    rng = np.random.default_rng(zlib.crc32(seed.encode()))
+    low, high = augmentation.ratio
+    ratio = rng.uniform(low, high)
+    scale = min(augmentation.long_side * ratio / max(size), augmentation.short_side * ratio / min(size))
+    enlarged = scale * min(size) < augmentation.min_side
+    if enlarged:
+        scale = augmentation.min_side / min(size)
+    height, width = int(height * scale + 0.5), int(width * scale + 0.5)
+    crop, flip = None, False
+    cropped = rng.uniform() < augmentation.crop_prob and not enlarged
+    if cropped:
+        sides = [max(patch, int(rng.uniform(max(augmentation.min_side, 0.4 * side), side)) // patch * patch) for side in (height, width)]
+        crop = [int(rng.integers(0, side - kept + 1)) for side, kept in zip((height, width), sides)] + sides
+    else:
+        height, width = (max(patch, side // patch * patch) for side in (height, width))
+    flip = bool(rng.uniform() < augmentation.flip_prob)
+    return {"resize": [height, width], "crop": crop, "flip": flip}
+
+
+def apply_augmentation(image, plan):
+    """(3, H, W) uint8 -> the planned version, (3, H', W') uint8."""
+    image = resize_image(image, plan["resize"])
+    if plan["crop"] is not None:
+        top, left, height, width = plan["crop"]
+        image = image[:, top:top + height, left:left + width]
+    return image.flip(-1) if plan["flip"] else image
+
+
+def planned_size(plan):
+    """(H, W) of the image that a plan makes."""
+    return tuple(plan["crop"][2:]) if plan["crop"] else tuple(plan["resize"])
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+BACKBONES = {
+    "tiny": f"local-dir:{DEMO / 'tiny'}",
+    "openclip": "ViT-B-16/laion2b_s34b_b88k",
+}
+
+
+def resize_positions(table, grid, new_grid):
+    """Learned positional embeddings for another grid (method.md, "Student"): bicubic, by size, without antialiasing.
+
+    table: (h * w, C) for grid (h, w). Returns (h' * w', C); the table itself when the grid is the same.
+    """
+    if tuple(grid) == tuple(new_grid):
+        return table
+    image = table.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
+    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False, antialias=False)
+    return image.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(table.dtype)
+
+
+class Backbone(nn.Module):
+    """A vision-language ViT as a dense feature extractor for images of any size; one subclass per family of towers.
+
+    The forward pass is embed -> blocks -> project. Tokens (B, n, C) that enter block k can be kept and continued from with
+    run_blocks(tokens, start=k), which is how a frozen prefix is computed once.
+
+    Attributes: model (open_clip's, both towers), blocks (its ViT blocks), patch (pixels), window (native H, W in pixels),
+    width (C, of the tokens), dim (D, shared with the text), mean and std (of the normalisation).
+    """
+
+    def __init__(self, model, preprocess):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+
+    def normalise(self, images):
+        """(..., 3, H, W) uint8 -> float32 as the model was trained on."""
+        return (images.to(self.mean.device, torch.float32) / 255 - self.mean) / self.std
+
+    def embed(self, images):
+        """Normalised images (B, 3, H, W) -> tokens (B, n, C) that enter the first block, with their positions added."""
+        raise NotImplementedError
+
+    def run_block(self, index, tokens):
+        """One block: (B, n, C) -> (B, n, C)."""
+        raise NotImplementedError
+
+    def project(self, tokens, grid):
+        """Tokens after the last block -> text-aligned patch features (B, h, w, D)."""
+        raise NotImplementedError
+
+    def run_blocks(self, tokens, start=0, stop=None):
+        """Blocks start..stop-1 (all by default): (B, n, C) -> (B, n, C)."""
+        for index in range(start, len(self.blocks) if stop is None else stop):
+            tokens = self.run_block(index, tokens)
+        return tokens
+
+    def grid(self, images):
+        """(h, w) of the patch grid of images (..., H, W), whose sides must be multiples of the patch."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"an image of {height} x {width} is not divisible by the patch of {self.patch}; use fit_to_patches")
+        return height // self.patch, width // self.patch
+
+    def block_flops(self, index, tokens):
+        """FLOP of one block on n tokens of width C: 2 n for each weight of its matrices, and 4 n^2 C for attention."""
+        weights = sum(p.numel() for p in self.blocks[index].parameters() if p.ndim == 2)
+        return 2 * tokens * weights + 4 * tokens ** 2 * self.width
+
+    def flops(self, size):
+        """FLOP of encode_dense on one image of (H, W) pixels, a multiply-add counted as two; normalisation and softmax are left out."""
+        raise NotImplementedError
+
+    def encode_dense(self, images):
+        """Text-aligned patch features in a single pass: normalised (B, 3, H, W) -> (B, H/patch, W/patch, D), not L2-normalised."""
+        return self.project(self.run_blocks(self.embed(images)), self.grid(images))
+
+
+class NativeViT(Backbone):
+    """open_clip's own VisionTransformer with a class token; dense features by MaskCLIP's value path (method.md)."""
+
+    def __init__(self, model, preprocess):
+        super().__init__(model, preprocess)
+        visual = model.visual
+        if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
+            raise WrongCall("this tower pools its patches by attention or by their mean, which has no dense features here yet")
+        self.blocks = visual.transformer.resblocks
+        self.patch = visual.patch_size[0]
+        self.window = tuple(visual.image_size)
+        self.dim = visual.output_dim
+        self.width = visual.conv1.out_channels
+
+    def embed(self, images):
+        visual, grid = self.model.visual, self.grid(images)
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, C)
+        positions = visual.positional_embedding
+        patches = patches + resize_positions(positions[1:], visual.grid_size, grid).to(patches.dtype)
+        class_token = (visual.class_embedding + positions[0]).to(patches.dtype).expand(len(images), 1, -1)
+        return visual.ln_pre(torch.cat([class_token, patches], 1))
+
+    def run_block(self, index, tokens):
+        block = self.blocks[index]
+        if index < len(self.blocks) - 1:
+            return block(tokens)
+        # MaskCLIP: the last attention matrix is the identity, so what remains of it are its value and output projections
+        tokens, attention = tokens[:, 1:], block.attn  # the class token serves no patch from here on
+        width = tokens.shape[-1]
+        values = F.linear(block.ln_1(tokens), attention.in_proj_weight[2 * width:], attention.in_proj_bias[2 * width:])
+        tokens = tokens + block.ls_1(attention.out_proj(values))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+    def project(self, tokens, grid):
+        visual = self.model.visual
+        return (visual.ln_post(tokens) @ visual.proj).unflatten(1, grid)
+
+    def flops(self, size):
+        patches, last = size[0] // self.patch * (size[1] // self.patch), len(self.blocks) - 1
+        attended = sum(self.block_flops(index, patches + 1) for index in range(last))
+        value_path = self.block_flops(last, patches) - 4 * patches ** 2 * self.width - 2 * patches * 2 * self.width ** 2  # no attention, q, k
+        return attended + value_path + 2 * patches * self.width * (3 * self.patch ** 2 + self.dim)
+
+
+def resolve_backbone(name):
+    """A --backbone value as open_clip's (model name, pretrained tag). A folder may be given as it is. Raises WrongCall."""
+    import open_clip
+    name = str(name)
+    if (Path(name) / "open_clip_config.json").is_file():
+        name = f"local-dir:{name}"
+    identifier = BACKBONES.get(name, name)
+    if identifier.startswith(("hf-hub:", "local-dir:")):
+        return identifier, None
+    architecture, _, tag = identifier.partition("/")
+    if architecture not in open_clip.list_models():
+        raise WrongCall(f"--backbone {name}: unknown. Known are {', '.join(BACKBONES)}, hf-hub:ORG/NAME, local-dir:PATH and ARCH/PRETRAINED_TAG "
+                        "with an architecture of open_clip.list_models()")
+    return architecture, tag or None
+
+
+def load_backbone(name, random_init=False, device="cpu"):
+    """A pre-trained model by its --backbone value (interface.md), frozen, in eval mode, on device.
+
+    random_init builds the architecture without weights. Raises WrongCall for a name or tower that cannot work, RunFailed
+    when weights cannot be had.
+    """
+    import logging
+    import open_clip
+    architecture, tag = resolve_backbone(name)
+    if not random_init and tag is None and ":" not in architecture:
+        raise WrongCall(f"--backbone {name}: give weights as {architecture}/TAG, where TAG is a file or one of "
+                        f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or '(none are published)'}; or --random-init")
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger, and warns where nothing is wrong
+    try:
+        model = open_clip.create_model(architecture, tag if not random_init else None, load_weights=not random_init,
+                                       require_pretrained=not random_init)
+    except Exception as error:  # open_clip raises many types here, most of them from the libraries below it
+        cause = str(error).strip().splitlines()
+        raise RunFailed(f"--backbone {name} cannot be loaded: {cause[0] if cause else type(error).__name__}. Without network, fetch the "
+                        "repository's open_clip_config.json, weights and tokenizer files elsewhere and give their folder as local-dir:PATH") from error
+    finally:
+        logging.getLogger().setLevel(level)
+    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
+        raise WrongCall(f"--backbone {name}: its image tower is a {type(model.visual).__name__}; known are open_clip's own ViTs")
+    backbone = NativeViT(model, open_clip.get_model_preprocess_cfg(model))
+    backbone.name = str(name)
+    return backbone.to(device).eval().requires_grad_(False)
+
+
+def model_config(name):
+    """open_clip's model_cfg and preprocess_cfg behind a --backbone value, as a folder's open_clip_config.json holds them."""
+    import open_clip
+    architecture, _ = resolve_backbone(name)
+    if architecture.startswith("local-dir:"):
+        return read_json(Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json", "open_clip")
+    if architecture.startswith("hf-hub:"):
+        return open_clip.factory._get_hf_config(architecture.removeprefix("hf-hub:"))
+    return {"model_cfg": open_clip.get_model_config(architecture)}
+
+
+def save_open_clip(backbone, folder):
+    """Write a folder that open_clip loads as local-dir:FOLDER, with nothing of this repository in it."""
+    import open_clip
+    from safetensors.torch import save_file
+    config = model_config(backbone.name)
+    preprocess = open_clip.get_model_preprocess_cfg(backbone.model)
+    config = {"model_cfg": config["model_cfg"], "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in backbone.model.state_dict().items()}
+    with atomic_path(Path(folder) / "open_clip_model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_json(Path(folder) / "open_clip_config.json", config)
+
+
+def weights_hash(backbone):
+    """sha256 of the image tower's parameters, by which later stages know that they continue from the same weights."""
+    digest = hashlib.sha256()
+    for parameter in backbone.model.visual.parameters():
+        digest.update(parameter.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ---- windows, stitching and stored features (method.md, "Teacher") -----------------------------------------------------------------------
+
+def window_starts(length, window, stride):
+    """Starts along an axis: 0, s, 2s, ... and one flush with the border; an axis no longer than the window has the one 0."""
+    starts = list(range(0, max(length - window, 0) + 1, stride))
+    if starts[-1] + window < length:
+        starts.append(length - window)
+    return starts
+
+
+def check_window(window, stride, patch):
+    """Raise WrongCall unless every pixel gets covered by windows (H, W) that divide into patches."""
+    if any(side % patch or side < patch for side in window):
+        raise WrongCall(f"--window {window[0]}: must be a multiple of the patch, {patch}")
+    if not 1 <= stride <= min(window):
+        raise WrongCall(f"--stride {stride}: must be from 1 to the window's side, {min(window)}, or pixels would be left uncovered (0 is the single pass)")
+
+
+def linear_matrix(inputs, outputs):
+    """One axis of bilinear resizing (align_corners=False, no antialiasing) as a matrix (outputs, inputs) float64."""
+    return F.interpolate(torch.eye(inputs, dtype=torch.float64)[None], size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def stitch_matrices(length, window, stride, patch, cell, outputs):
+    """One axis of the stitching as a matrix per window: (n, outputs, window / patch) float64.
+
+    Upsamples a window's features to cells of `cell` pixels, places them, divides by how many windows cover a cell, and
+    resizes the axis from length / cell cells to `outputs`. Rows sum to one over all windows and features.
+    """
+    starts, window = window_starts(length, window, stride), min(window, length)
+    up = linear_matrix(window // patch, window // cell)  # (cells of a window, its features)
+    placed = torch.zeros(len(starts), length // cell, window // patch, dtype=torch.float64)
+    counts = torch.zeros(length // cell, dtype=torch.float64)
+    for index, start in enumerate(starts):
+        cells = slice(start // cell, (start + window) // cell)
+        placed[index, cells] = up
+        counts[cells] += 1
+    assert counts.min() > 0, "windows must cover every cell"
+    placed /= counts[:, None]
+    return placed if outputs == length // cell else linear_matrix(length // cell, outputs) @ placed
+
+
+class Stitcher:
+    """Joins maps of overlapping windows into one, without upsampled maps and without an accumulator of cells.
+
+    Upsampling, averaging over the overlaps and downsampling are linear and separable (the windows lie on a product grid), so
+    out[c] = sum over a, b of R_a F_ab[c] C_b^T, with one matrix per row and per column of windows.
+
+    size: (H, W) of the image; window: (H, W); cell: pixels a cell is wide (patch / u for features, 1 for similarities);
+    outputs: (H', W') of the result.
+    """
+
+    def __init__(self, size, window, stride, patch, cell, outputs, device="cpu"):
+        axes = [stitch_matrices(length, side, stride, patch, cell, out).to(device, torch.float32) for length, side, out in zip(size, window, outputs)]
+        self.rows, self.columns = axes  # (A, H', i), (B, W', j)
+        self.row_sum = self.out = None
+        self.next = 0
+
+    def add(self, maps):
+        """The next windows in reading order: (n, i, j, C), summed in float32."""
+        while len(maps):
+            row, column = divmod(self.next, len(self.columns))
+            taken = maps[:len(self.columns) - column].float()  # (n', i, j, C), all of one row of windows
+            if column == 0:
+                self.row_sum = taken.new_zeros(taken.shape[1], self.columns.shape[1], taken.shape[3])
+            weights = self.columns[column:column + len(taken)].transpose(0, 1).flatten(1)  # (W', n' * j)
+            used = weights.any(1).nonzero()
+            span = slice(int(used[0]), int(used[-1]) + 1)  # the output columns that these windows touch
+            self.row_sum[:, span] += weights[span] @ taken.transpose(0, 1).flatten(1, 2)  # (i, W'', C)
+            self.next += len(taken)
+            maps = maps[len(taken):]
+            if column + len(taken) == len(self.columns):
+                self.add_row(self.rows[row])
+
+    def add_row(self, weights):
+        """weights: (H', i) of a row of windows whose columns are joined."""
+        if self.out is None:
+            self.out = self.row_sum.new_zeros(self.rows.shape[1], *self.row_sum.shape[1:])
+        used = weights.any(1).nonzero()
+        span = slice(int(used[0]), int(used[-1]) + 1)
+        self.out[span] += (weights[span] @ self.row_sum.flatten(1)).unflatten(1, self.row_sum.shape[1:])
+
+    def result(self):
+        """(H', W', C) float32, once every window was added."""
+        assert self.next == len(self.rows) * len(self.columns), "windows are missing"
+        return self.out
+
+
+def cut_windows(image, window, stride):
+    """All windows of an image (3, H, W) in reading order, as views: a list of (3, window H, window W)."""
+    height, width = image.shape[-2:]
+    return [image[:, top:top + window[0], left:left + window[1]]
+            for top in window_starts(height, window[0], stride) for left in window_starts(width, window[1], stride)]
+
+
+def encode_windows(backbone, images, stitchers, window, stride, batch_size, autocast=contextlib.nullcontext, transform=lambda maps: maps):
+    """Run the windows of some images through the backbone, in full batches that cross from one image to the next.
+
+    images: normalised (3, H, W), of any sizes; stitchers: one each, which gets transform(features of its windows).
+    """
+    jobs = [(k, view) for k, image in enumerate(images) for view in cut_windows(image, window, stride)]
+    jobs.sort(key=lambda job: job[1].shape)  # only images smaller than the window have other shapes
+    for _, same in itertools.groupby(jobs, key=lambda job: job[1].shape):
+        same = list(same)
+        size = math.ceil(len(same) / math.ceil(len(same) / batch_size))  # even batches, instead of a small last one
+        for first in range(0, len(same), size):
+            owners, views = zip(*same[first:first + size])
+            with autocast():
+                maps = backbone.encode_dense(torch.stack(views))
+            maps, done = transform(maps.float()), 0
+            for owner, run in itertools.groupby(owners):
+                count = len(list(run))
+                stitchers[owner].add(maps[done:done + count])
+                done += count
+
+
+def open_features(path):
+    """A stored teacher map, memory-mapped: (h, w, D) float16. Raises RunFailed if the file is missing, truncated or no such map."""
+    remake = "delete the file and run extract_teacher.py again"
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise RunFailed(f"{path} does not exist; run extract_teacher.py again") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise RunFailed(f"{path} is no whole .npy file ({error}); {remake}") from None
+    if features.ndim != 3 or features.dtype != np.float16:
+        raise RunFailed(f"{path} holds {features.dtype} of shape {features.shape} instead of float16 (h, w, D); {remake}")
+    return features
+
+
+@torch.no_grad()
+def stitched_features(backbone, images, window, stride, batch_size=60, autocast=contextlib.nullcontext):
+    """The teacher's maps (paper, section 3.4): normalised images (3, H, W) of any sizes -> a list of (H/patch, W/patch, D) float32.
+
+    Stride 0 is a single pass over each image.
+    """
+    if stride == 0:
+        with autocast():
+            return [backbone.encode_dense(image[None])[0].float() for image in images]
+    cell = math.gcd(stride, backbone.patch)  # patch / u
+    stitchers = [Stitcher(image.shape[-2:], window, stride, backbone.patch, cell, backbone.grid(image), image.device) for image in images]
+    encode_windows(backbone, images, stitchers, window, stride, batch_size, autocast)
+    return [stitcher.result() for stitcher in stitchers]
+
+
+# ---- classes and their embeddings ------------------------------------------------------------------------------------
+
+@dataclass
+class Classes:
+    """Class names in label order. names[k] lists class k's synonyms, the first of which is what it is called."""
+    names: list
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def titles(self):
+        return [synonyms[0] for synonyms in self.names]
+
+    @property
+    def flat(self):
+        """Every name with its synonyms, in order: N strings."""
+        return [name for synonyms in self.names for name in synonyms]
+
+    @property
+    def owner(self):
+        """The class of each flat name: (N,) int64."""
+        return torch.tensor([k for k, synonyms in enumerate(self.names) for _ in synonyms])
+
+
+def read_classes(source):
+    """Classes from a file (one class a line, synonyms separated by commas) or from "cat, grass | lawn, sky" itself.
+
+    Raises WrongCall for an empty list, an empty name or a repeated one.
+    """
+    if Path(source).is_file():
+        where, entries = f"--classes {source}", [line.split(",") for line in Path(source).read_text().strip().splitlines()]
+    elif str(source).endswith(".txt") or os.sep in str(source):
+        raise WrongCall(f"--classes {source}: no such file")
+    else:
+        where, entries = "--classes", [entry.split("|") for entry in str(source).split(",")] if str(source).strip() else []
+    names = [[name.strip() for name in entry] for entry in entries]
+    if not names:
+        raise WrongCall(f"{where}: the list is empty; give one class a line, or \"cat, grass | lawn, sky\"")
+    seen = {}
+    for line, synonyms in enumerate(names, 1):
+        for name in synonyms:
+            if not name:
+                raise WrongCall(f"{where}: class {line} has an empty name")
+            if name.lower() in seen:
+                raise WrongCall(f"{where}: '{name}' stands for class {seen[name.lower()]} and again for class {line}; a name must be unique")
+            seen[name.lower()] = line
+    return Classes(names)
+
+
+@torch.no_grad()
+def embed_texts(backbone, names, chunk=256):
+    """One unit vector a name from open_clip's 80 templates: each text normalised, averaged, normalised again. (N, D) float32."""
+    import open_clip
+    architecture, _ = resolve_backbone(backbone.name)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    device = backbone.mean.device
+    embeddings = []
+    for name in names:
+        tokens = tokenizer([template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES])
+        texts = torch.cat([backbone.model.encode_text(part.to(device)).float() for part in tokens.split(chunk)])  # (80, D)
+        embeddings.append(F.normalize(F.normalize(texts, dim=-1).mean(0), dim=-1))
+    return torch.stack(embeddings)
+
+
+# ---- features and segmentation of one picture --------------------------------------------------------------------------
+
+def prepare(backbone, image):
+    """A PIL image or (3, H, W) uint8 -> normalised (3, H', W'), sides resampled to the nearest multiples of the patch."""
+    return backbone.normalise(fit_to_patches(to_rgb(image) if isinstance(image, Image.Image) else image, backbone.patch))
+
+
+@torch.no_grad()
+def dense_features(backbone, image, autocast=contextlib.nullcontext):
+    """Single-pass features of one picture of any size: PIL image or (3, H, W) uint8 -> (H/patch, W/patch, D) float32."""
+    with autocast():
+        return backbone.encode_dense(prepare(backbone, image)[None])[0].float()
+
+
+def single_pass_similarities(backbone, image, texts, size, autocast=contextlib.nullcontext):
+    """Cosine similarities of every pixel with every name: (3, H, W) uint8, (N, D) -> (N, *size)."""
+    similarities = F.normalize(dense_features(backbone, image, autocast), dim=-1) @ texts.T  # (h, w, N)
+    return F.interpolate(similarities.permute(2, 0, 1)[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+@torch.no_grad()
+def sliding_window_similarities(backbone, image, texts, size, window, stride, batch_size=60, autocast=contextlib.nullcontext):
+    """The sliding-window baseline: similarities stitched at pixel resolution (paper, section 3.3): as single_pass_similarities."""
+    image = prepare(backbone, image)
+    stitcher = Stitcher(image.shape[-2:], window, stride, backbone.patch, 1, size, image.device)
+    encode_windows(backbone, [image], [stitcher], window, stride, batch_size, autocast, lambda maps: F.normalize(maps, dim=-1) @ texts.T)
+    return stitcher.result().permute(2, 0, 1)
+
+
+def label_map(similarities, classes):
+    """The class whose name is most similar at each pixel: (N, H, W) -> (H, W) int64.
+
+    The most similar of all names belongs to the class whose best synonym is the most similar.
+    """
+    return classes.owner.to(similarities.device)[similarities.argmax(0)]
+
+
+def segment(backbone, image, classes):
+    """Open-vocabulary segmentation in a single pass: a PIL image and class names, each with any synonyms -> (H, W) int64.
+
+    classes: a list of names, or of lists of synonyms.
+    """
+    classes = Classes([[names] if isinstance(names, str) else list(names) for names in classes])
+    image = to_rgb(image)
+    return label_map(single_pass_similarities(backbone, image, embed_texts(backbone, classes.flat), image.shape[-2:]), classes).cpu()

@@ -1,0 +1,262 @@
+"""Make the demo: train the small backbone `tiny` from scratch on captioned scenes, and write the pictures.
+
+    python data/make_demo.py                  # everything in data/demo/, from the seed; about 40 minutes on 2 CPU cores
+    python data/make_demo.py --only pictures  # the pictures alone, 10 seconds
+
+In: nothing. Out, in data/demo/: tiny/ (an open_clip folder), train/*.jpg (unlabelled), test/images/*.jpg,
+test/masks/*.png (palette PNG, label ids in the order of classes.txt), classes.txt.
+
+tiny is open_clip's native CLIP with a ViT of 6 blocks and width 192, patch 16, at 128 x 128 pixels, and a text tower of 2
+layers. It sees crops of scenes at that resolution only. Its loss is a dense term, patch features (MaskCLIP's value path, as
+the stages use them) against the embeddings of the class names, and a tenth of an image-level one, SigLIP's sigmoid loss
+between class token and caption. Scenes, train and test pictures come from separate streams of random numbers.
+"""
+import argparse
+import math
+import multiprocessing
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import DEMO, NativeViT, save_open_clip, write_json  # noqa: E402
+from data.scenes import COLOUR_NAMES, HELD_OUT, KIND_NAMES, NAMES, STUFF, concept, render_scene, thing_label  # noqa: E402
+
+SIDE = 128  # native resolution, pixels
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": SIDE, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
+                       "resize_mode": "shortest"},
+}
+CONCEPTS = len(STUFF) + len(KIND_NAMES) * len(COLOUR_NAMES)
+TRAINED_PAIRS = [(kind, colour) for kind in KIND_NAMES for colour in COLOUR_NAMES if (kind, colour) not in HELD_OUT]
+
+# In the test pictures balls and cars come in these colours only, each a class of its own; "yellow ball" and "green car" are
+# words and sights that the backbone never met together.
+COLOURED_CLASSES = {"ball": ["red", "blue", "yellow"], "car": ["white", "green"]}
+TEST_PAIRS = [(kind, colour) for kind in KIND_NAMES for colour in COLOURED_CLASSES.get(kind, COLOUR_NAMES) * (6 // len(COLOURED_CLASSES.get(kind, COLOUR_NAMES)))]
+STREAMS = {"backbone": 0, "train": 1, "test": 2}
+
+
+def generator(seed, stream, index):
+    return np.random.default_rng((seed, STREAMS[stream], index))
+
+
+# ---- the backbone ----------------------------------------------------------------------------------------------------
+
+def backbone_scene(arguments):
+    seed, index = arguments
+    rng = generator(seed, "backbone", index)
+    height, width = rng.integers(180, 400, 2)
+    return render_scene(rng, int(height), int(width), TRAINED_PAIRS)
+
+
+def draw_crops(pool, count, rng):
+    """Random native-size crops, half of them mirrored: images (B, 3, S, S) uint8 and concepts (B, S, S) int64."""
+    images, labels = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, SIDE, SIDE), np.uint8)
+    for k in range(count):
+        picture, concepts = pool[rng.integers(len(pool))]
+        top, left = (int(rng.integers(0, side - SIDE + 1)) for side in concepts.shape)
+        step = rng.choice([-1, 1])
+        images[k] = picture[top:top + SIDE, left:left + SIDE][:, ::step]
+        labels[k] = concepts[top:top + SIDE, left:left + SIDE][:, ::step]
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels).long()
+
+
+def any_name(entry, rng):
+    """The entry's first name or, as often, any of its synonyms."""
+    names = NAMES[entry]
+    return names[rng.integers(len(names))] if rng.uniform() < 0.5 else names[0]
+
+
+def draw_vocabulary(rng):
+    """The class names of one step, which exclude each other: every stuff, and every kind either bare or in each of its colours.
+
+    Returns the names (T) and, for each concept, the name it answers to: (CONCEPTS,) int64, -1 for the held-out ones.
+    """
+    names, target = [], torch.full((CONCEPTS,), -1)
+    for stuff in STUFF:
+        target[STUFF.index(stuff)] = len(names)
+        names.append(any_name(stuff, rng))
+    for kind in KIND_NAMES:
+        bare, first = rng.uniform() < 0.5, len(names)
+        for colour in COLOUR_NAMES:
+            if (kind, colour) in HELD_OUT:
+                continue
+            target[thing_label(kind, colour)] = first if bare else len(names)
+            if not bare or len(names) == first:
+                names.append(any_name(kind, rng) if bare else f"{colour} {any_name(kind, rng)}")
+    return names, target
+
+
+def caption(labels, rng):
+    """What a crop shows, up to four things and stuffs in random order: "a photo of a red ball and sand"."""
+    present, counts = np.unique(labels, return_counts=True)
+    present = rng.permutation(present[counts > 200])[:4]
+    words = []
+    for entry, colour in map(concept, present):
+        name = any_name(entry, rng)
+        words.append(name if colour is None else f"a {name}" if rng.uniform() < 0.3 else f"a {colour} {name}")
+    return "a photo of " + " and ".join(words)
+
+
+def initialise_patches(visual, images):
+    """Set the patch projection to the principal components of real patches, which saves the first minutes of training."""
+    patches = F.unfold(images, 16, stride=16).transpose(1, 2).flatten(0, 1)  # (n, 768)
+    patches = patches[torch.randperm(len(patches))[:12000]]
+    _, scales, components = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    width = visual.conv1.out_channels
+    deviations = (scales[:width, None] / len(patches) ** 0.5).clamp(min=0.3)
+    visual.conv1.weight.copy_((components[:width] / deviations * 0.15).view_as(visual.conv1.weight))
+    visual.positional_embedding.mul_(0.5)
+
+
+def train_backbone(folder, seed, steps, scenes, batch=32):
+    torch.manual_seed(seed)
+    rng = generator(seed, "backbone", scenes)
+    with multiprocessing.Pool() as workers:
+        pool = list(tqdm(workers.imap(backbone_scene, [(seed, k) for k in range(scenes)], chunksize=8), total=scenes, desc="drawing scenes"))
+    frequency = np.bincount(np.concatenate([labels.ravel() for _, labels in pool[:400]]), minlength=CONCEPTS) + 1.0
+    frequency = torch.from_numpy(frequency / frequency.sum()).float()
+
+    write_json(folder / "open_clip_config.json", CONFIG)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    backbone = NativeViT(model, CONFIG["preprocess_cfg"])
+    backbone.name = str(folder)
+    visual, last = model.visual, model.visual.transformer.resblocks[-1]
+    with torch.no_grad():
+        initialise_patches(visual, backbone.normalise(draw_crops(pool, 200, rng)[0]))
+        model.logit_scale.fill_(math.log(15))
+    bias = torch.nn.Parameter(torch.tensor(-4.0))
+
+    matrices = [p for p in visual.transformer.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)] + [bias]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98))]
+    peaks = [0.02, 1e-3]
+    weights = list(model.parameters())
+    average = [p.detach().clone() for p in weights]
+    started, grid = time.time(), SIDE // 16
+    progress = tqdm(range(steps), desc="training tiny", mininterval=5)
+    for step in progress:
+        rate = min(1, (step + 1) / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * rate
+
+        images, labels = draw_crops(pool, batch, rng)
+        images = backbone.normalise(images) * torch.empty(batch, 1, 1, 1).uniform_(0.85, 1.15)
+        names, target = draw_vocabulary(rng)
+        templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+        texts = [templates[rng.integers(len(templates))](name) if rng.uniform() < 0.7 else name for name in names]
+        captions = [caption(crop.numpy(), rng) for crop in labels]
+        texts = F.normalize(model.encode_text(tokenizer(texts + captions)), dim=-1)  # (T + B, D)
+        # the plain attention kernel is the faster one for 65 tokens in bf16 on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            tokens = backbone.run_blocks(backbone.embed(images), stop=5)
+            patches = backbone.project(backbone.run_block(5, tokens), (grid, grid))
+            pooled = visual.ln_post(last(tokens)[:, 0]) @ visual.proj
+        scale = model.logit_scale.exp()
+
+        logits = F.normalize(patches.float(), dim=-1) @ texts[:len(names)].T * scale  # (B, h, w, T)
+        logits = F.interpolate(logits.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear")
+        targets = target[labels[:, 2::4, 2::4]]  # (B, 32, 32), the pixel nearest to each of the upsampled logits
+        known = target >= 0
+        share = torch.zeros(len(names)).index_add_(0, target[known], frequency[known])
+        dense_loss = F.cross_entropy(logits, targets, weight=share ** -0.5 / (share ** -0.5).mean())
+        agreement = F.normalize(pooled.float(), dim=-1) @ texts[len(names):].T * scale + bias  # (B, B)
+        image_loss = -F.logsigmoid(agreement * (2 * torch.eye(batch) - 1)).sum() / batch
+
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (dense_loss + 0.1 * image_loss).backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, max(0.002, 1 / (step + 2)))
+        if step % 100 == 99:
+            accuracy = (logits.argmax(1) == targets).float().mean()
+            progress.write(f"step {step + 1}: dense loss {dense_loss:.3f}, image loss {image_loss:.3f}, accuracy {accuracy:.3f}, {time.time() - started:.0f} s")
+
+    with torch.no_grad():
+        for parameter, mean in zip(weights, average):
+            parameter.copy_(mean)
+    save_open_clip(backbone.half(), folder)  # half the size; open_clip loads it into float32
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+def picture_size(rng):
+    """Sides of 1.25 to 3.5 times the native one, log-uniform, with aspect ratios from 1:2 to 2:1."""
+    while True:
+        height, width = (int(round(SIDE * math.exp(rng.uniform(math.log(1.25), math.log(3.5))))) for _ in range(2))
+        if 0.5 <= height / width <= 2:
+            return height, width
+
+
+def write_pictures(folder, seed, train, test):
+    classes, ids = [], np.full(256, 255, np.uint8)
+    for stuff in STUFF:
+        ids[STUFF.index(stuff)] = len(classes)
+        classes.append(NAMES[stuff])
+    for kind in KIND_NAMES:
+        if kind in COLOURED_CLASSES:
+            for colour in COLOURED_CLASSES[kind]:
+                ids[thing_label(kind, colour)] = len(classes)
+                classes.append([f"{colour} {name}" for name in NAMES[kind]])
+        else:
+            first = thing_label(kind, COLOUR_NAMES[0])
+            ids[first:first + len(COLOUR_NAMES)] = len(classes)
+            classes.append(NAMES[kind])
+    palette = np.random.default_rng(0).integers(40, 256, (256, 3), np.uint8).ravel().tolist()
+
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for part in ("train", "test/images", "test/masks"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("".join(", ".join(names) + "\n" for names in classes))
+    every_pair = [(kind, colour) for kind in KIND_NAMES for colour in COLOUR_NAMES]
+    for index in tqdm(range(train), desc="train pictures"):
+        rng = generator(seed, "train", index)
+        picture, _ = render_scene(rng, *picture_size(rng), every_pair)
+        Image.fromarray(picture).save(folder / "train" / f"{index:03d}.jpg", quality=90)
+    for index in tqdm(range(test), desc="test pictures"):
+        rng = generator(seed, "test", index)
+        picture, labels = render_scene(rng, *picture_size(rng), TEST_PAIRS)
+        Image.fromarray(picture).save(folder / "test" / "images" / f"{index:03d}.jpg", quality=90)
+        mask = Image.fromarray(ids[labels])
+        mask.putpalette(palette)
+        mask.save(folder / "test" / "masks" / f"{index:03d}.png", optimize=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (data/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["backbone", "pictures"], help="make one of the two")
+    parser.add_argument("--steps", type=int, default=7000, help="training steps of the backbone (7000, a third of a second each)")
+    parser.add_argument("--scenes", type=int, default=3000, help="scenes that it is trained on (3000, 0.7 GB of memory)")
+    parser.add_argument("--train", type=int, default=150, help="unlabelled pictures for distillation (150)")
+    parser.add_argument("--test", type=int, default=60, help="labelled pictures for evaluation (60)")
+    args = parser.parse_args()
+    if args.only != "backbone":
+        write_pictures(args.out, args.seed, args.train, args.test)
+    if args.only != "pictures":
+        train_backbone(args.out / "tiny", args.seed, args.steps, args.scenes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Labelled scenes for the demo: stuff and things, drawn procedurally, with exact label maps.
+
+A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and coloured things that
+cover each other and are cut by the border. A label is a *concept*: one of the `STUFF` (0..7), or a kind of thing in a
+colour (`thing_label`). What a thing is follows from its shape; its colour, pattern and shading are drawn apart from it,
+so that a patch inside a thing needs its surroundings to be recognised.
+"""
+import numpy as np
+from PIL import Image, ImageDraw
+
+STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow"]
+COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60), "blue": (45, 85, 205),
+           "purple": (135, 60, 170), "white": (235, 235, 235)}
+
+# Names are what captions and class lists use; the first is the class, the others its synonyms.
+NAMES = {
+    "sky": ["sky", "clouds"], "grass": ["grass", "lawn", "meadow"], "water": ["water", "sea", "lake"],
+    "sand": ["sand", "beach"], "brick wall": ["brick wall", "bricks"], "wood": ["wood", "wooden fence", "planks"],
+    "road": ["road", "street", "asphalt"], "snow": ["snow"],
+    "ball": ["ball"], "box": ["box", "crate", "parcel"], "star": ["star"], "ring": ["ring", "hoop"],
+    "tent": ["tent", "teepee"], "house": ["house", "cottage", "hut"], "tree": ["tree", "bush"],
+    "car": ["car", "automobile"], "flower": ["flower", "blossom"], "mushroom": ["mushroom", "toadstool"],
+    "fish": ["fish"], "boat": ["boat", "sailing boat", "ship"],
+}
+
+# A kind and a colour that never meet in what the backbone is trained on, neither as pixels nor as words.
+HELD_OUT = {("ball", "yellow"), ("box", "purple"), ("star", "green"), ("ring", "white"), ("tent", "blue"), ("house", "purple"),
+            ("tree", "white"), ("car", "green"), ("flower", "yellow"), ("mushroom", "blue"), ("fish", "red"), ("boat", "purple")}
+
+
+def ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi):
+    """Corners of an ellipse (or of a slice of one) in the unit square [-1, 1]^2: (n, 2), x before y."""
+    t = np.linspace(start, stop, 30)
+    return np.stack([cx + rx * np.cos(t), cy + (ry or rx) * np.sin(t)], 1)
+
+
+def rectangle(x0, y0, x1, y1):
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
+
+
+def star_corners(points, inner, turn=-np.pi / 2):
+    t = turn + np.arange(2 * points) * np.pi / points
+    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
+    return np.stack([radius * np.cos(t), radius * np.sin(t)], 1)
+
+
+def petals():
+    return [(ellipse(0.58 * np.cos(t), 0.58 * np.sin(t), 0.4), "main") for t in np.arange(6) * np.pi / 3]
+
+
+# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a triple is RGB, None is a hole.
+KINDS = {
+    "ball": [(ellipse(0, 0, 1), "main")],
+    "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"), (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
+    "star": [(star_corners(5, 0.42), "main")],
+    "ring": [(ellipse(0, 0, 1), "main"), (ellipse(0, 0, 0.55), None)],
+    "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), "main"), (np.array([(0, -0.1), (0.3, 0.8), (-0.3, 0.8)]), (40, 35, 40))],
+    "house": [(rectangle(-0.75, -0.2, 0.75, 1), "main"), (np.array([(0, -1), (1, -0.15), (-1, -0.15)]), 0.55),
+              (rectangle(-0.15, 0.35, 0.2, 1), (70, 45, 30)), (rectangle(-0.6, 0.05, -0.25, 0.4), (190, 220, 240)),
+              (rectangle(0.3, 0.05, 0.6, 0.4), (190, 220, 240))],
+    "tree": [(rectangle(-0.14, 0.2, 0.14, 1), (95, 65, 40)), (ellipse(0, -0.35, 0.65), "main"), (ellipse(-0.5, 0.05, 0.42), 0.9),
+             (ellipse(0.5, 0.05, 0.42), 0.85)],
+    "car": [(rectangle(-1, -0.1, 1, 0.4), "main"), (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), "main"),
+            (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), (185, 215, 235)),
+            (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]), (185, 215, 235)),
+            (ellipse(-0.55, 0.4, 0.25), (30, 30, 32)), (ellipse(0.55, 0.4, 0.25), (30, 30, 32))],
+    "flower": petals() + [(ellipse(0, 0, 0.3), (90, 60, 25))],
+    "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)), (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
+                 (ellipse(-0.4, -0.3, 0.15), (245, 240, 230)), (ellipse(0.3, -0.45, 0.17), (245, 240, 230)),
+                 (ellipse(0.55, -0.08, 0.12), (245, 240, 230))],
+    "fish": [(ellipse(-0.15, 0, 0.75, 0.5), "main"), (np.array([(0.4, 0), (1, -0.5), (1, 0.5)]), 0.75), (ellipse(-0.55, -0.12, 0.09), (15, 15, 15))],
+    "boat": [(np.array([(-1, 0.35), (1, 0.35), (0.65, 0.9), (-0.65, 0.9)]), "main"), (rectangle(-0.06, -1, 0.06, 0.35), (80, 60, 45)),
+             (np.array([(0.12, -0.9), (0.85, 0.2), (0.12, 0.2)]), (240, 238, 228))],
+}
+KIND_NAMES, COLOUR_NAMES = list(KINDS), list(COLOURS)
+
+
+def thing_label(kind, colour):
+    """The concept's number of a kind in a colour: 8 + 6 * kind + colour."""
+    return len(STUFF) + len(COLOURS) * KIND_NAMES.index(kind) + COLOUR_NAMES.index(colour)
+
+
+def concept(label):
+    """The inverse: ("sky", None) for stuff, ("ball", "red") for a thing."""
+    if label < len(STUFF):
+        return STUFF[label], None
+    kind, colour = divmod(label - len(STUFF), len(COLOURS))
+    return KIND_NAMES[kind], COLOUR_NAMES[colour]
+
+
+def smooth_noise(rng, h, w, cell_h, cell_w=None):
+    """Noise in about [-1, 1] whose grains are cell_h x cell_w pixels: (h, w) float32."""
+    cell_w = cell_w or cell_h
+    coarse = rng.uniform(-1, 1, (max(2, int(h / cell_h) + 2), max(2, int(w / cell_w) + 2))).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((w, h), Image.BICUBIC))
+
+
+def paint_stuff(name, rng, h, w):
+    """A texture that fills h x w pixels: (h, w, 3) float32 in 0..255."""
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    s = rng.uniform(0.8, 1.5)
+    if name == "sky":
+        clouds = np.clip(smooth_noise(rng, h, w, 34 * s, 60 * s) + 0.5 * smooth_noise(rng, h, w, 14 * s, 22 * s) + rng.uniform(-0.6, 0.3), 0, 1)
+        base = np.array([rng.uniform(90, 150), rng.uniform(150, 195), rng.uniform(215, 245)])
+        return base * (1 - clouds[..., None]) + 240 * clouds[..., None]
+    if name == "grass":
+        blades = smooth_noise(rng, h, w, 7 * s, 2 * s) + 0.6 * smooth_noise(rng, h, w, 30)
+        return np.array([75, 140, 55]) + blades[..., None] * np.array([28, 34, 20])
+    if name == "water":
+        ripples = np.sin(y / (2.2 * s) + 2.5 * smooth_noise(rng, h, w, 12 * s, 30 * s)) + smooth_noise(rng, h, w, 4, 16 * s)
+        return np.array([45, 105, 150]) + ripples[..., None] * np.array([14, 18, 18])
+    if name == "sand":
+        grains = rng.normal(0, 1, (h, w)) * 0.6 + smooth_noise(rng, h, w, 16 * s, 40 * s) + 0.6 * np.sin((y + 0.4 * x) / (6 * s) + 2 * smooth_noise(rng, h, w, 30))
+        return np.array([212, 186, 130]) + grains[..., None] * np.array([13, 13, 12])
+    if name == "brick wall":
+        bh, bw = 9 * s, 22 * s
+        row = np.floor(y / bh)
+        column = np.floor((x + (row % 2) * bw / 2) / bw)
+        mortar = ((y % bh) < 1.6) | (((x + (row % 2) * bw / 2) % bw) < 1.6)
+        shade = rng.uniform(-1, 1, (int(row.max()) + 1, int(column.max()) + 1))[row.astype(int), column.astype(int)]
+        base = np.array([(165, 80, 60), (150, 110, 85), (120, 95, 95)][rng.integers(3)])
+        wall = base + (18 * shade + 8 * smooth_noise(rng, h, w, 4))[..., None]
+        return np.where(mortar[..., None], np.array([195, 188, 178]), wall)
+    if name == "wood":
+        plank = np.floor(x / (17 * s))
+        shade = rng.uniform(-1, 1, int(plank.max()) + 1)[plank.astype(int)]
+        grain = np.sin(x * 0.9 + 4 * smooth_noise(rng, h, w, 40, 9)) + smooth_noise(rng, h, w, 20, 3)
+        wall = np.array([150, 105, 62]) + (20 * shade + 9 * grain)[..., None]
+        return np.where(((x % (17 * s)) < 1.5)[..., None], 60, wall)
+    if name == "road":
+        speckle = rng.normal(0, 1, (h, w)) * 9 + 10 * smooth_noise(rng, h, w, 24 * s)
+        road = np.full((h, w, 3), 105.0) + speckle[..., None]
+        line = (np.abs(y - rng.uniform(0.2, 0.9) * h - 0.1 * x) < 2.5) & ((x % 50) < 28)
+        return np.where(line[..., None], 225, road)
+    if name == "snow":
+        drifts = smooth_noise(rng, h, w, 26 * s, 50 * s) + 0.35 * rng.normal(0, 1, (h, w))
+        return np.array([228, 233, 243]) + drifts[..., None] * np.array([13, 11, 7])
+    raise KeyError(name)
+
+
+def paint_thing(kind, colour, radius, rng):
+    """One thing on its own canvas of side 2 * radius + 3: (colours (n, n, 3) float32, coverage (n, n) in [0, 1])."""
+    side, scale = 2 * radius + 3, 3
+    angle = rng.normal(0, 0.2) if kind in ("house", "tree", "car", "tent", "boat", "mushroom") else rng.uniform(-np.pi, np.pi) if kind in ("box", "star", "flower") else rng.normal(0, 0.5)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+
+    main = np.array(COLOURS[colour], np.float32) * rng.uniform(0.8, 1.08) + rng.normal(0, 9, 3)
+    pattern = rng.choice(["plain", "plain", "striped", "dotted"])
+    direction, period = rng.uniform(0, np.pi), rng.uniform(7, 14)
+    u, v = x * np.cos(direction) + y * np.sin(direction), y * np.cos(direction) - x * np.sin(direction)
+    if pattern == "striped":
+        ink = (u % period) < period * 0.4
+    elif pattern == "dotted":
+        ink = ((u % period) - period / 2) ** 2 + ((v % period) - period / 2) ** 2 < (period * 0.28) ** 2
+    else:
+        ink = np.zeros((side, side), bool)
+    main = np.where(ink[..., None], main * rng.choice([0.62, 1.28]), main)
+
+    colours, coverage = np.zeros((side, side, 3), np.float32), np.zeros((side, side), np.float32)
+    for corners, paint in KINDS[kind]:
+        placed = ((corners * flip) @ rotation.T * radius + side / 2) * scale
+        mask = Image.new("L", (side * scale, side * scale))
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in placed], fill=255)
+        alpha = np.asarray(mask.reduce(scale), np.float32) / 255
+        if paint is None:
+            coverage *= 1 - alpha
+            continue
+        fill = main if isinstance(paint, str) else main * paint if isinstance(paint, float) else np.array(paint, np.float32)
+        colours = colours * (1 - alpha[..., None]) + fill * alpha[..., None]
+        coverage = np.maximum(coverage, alpha)
+    shade = 1 + rng.uniform(0.05, 0.3) * (np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)) * 2
+    # where parts overlap the background a little, their colour is spread to the edge so that it does not darken
+    colours = np.where(coverage[..., None] > 0, colours / np.maximum(coverage, 0.3)[..., None], colours) * shade[..., None]
+    return colours, coverage
+
+
+def blob(rng, h, w, size):
+    """A soft-edged region of about size x 2 size pixels somewhere in the picture: (h, w) bool."""
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    cy, cx, r = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0.6, 1.4) * size
+    return ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2 + 0.45 * smooth_noise(rng, h, w, 25) < 1
+
+
+def render_scene(rng, height, width, things):
+    """A scene. things: the (kind, colour) pairs to draw from. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
+    upper = rng.choice(["sky", "sky", "sky", "brick wall", "wood"])
+    lower = rng.choice(["grass", "water", "sand", "road", "snow"])
+    x = np.arange(width)
+    horizon = rng.uniform(0.2, 0.6) * height + smooth_noise(rng, 2, width, 2, 60)[0] * (2 if upper != "sky" else 10) + rng.normal(0, 0.06) * (x - width / 2)
+    below = np.arange(height)[:, None] >= horizon[None]
+    labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
+    picture = np.where(below[..., None], paint_stuff(lower, rng, height, width), paint_stuff(upper, rng, height, width))
+    for _ in range(rng.integers(0, 4)):
+        other = rng.choice(STUFF)
+        region = blob(rng, height, width, rng.uniform(25, 70))
+        picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
+        labels[region] = STUFF.index(other)
+
+    for _ in range(rng.poisson(11 * height * width / 300 ** 2) + 2):
+        kind, colour = things[rng.integers(len(things))]
+        radius = int(np.exp(rng.uniform(np.log(9), np.log(0.28 * min(height, width)))))
+        colours, coverage = paint_thing(kind, colour, radius, rng)
+        side = len(coverage)
+        top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)
+        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
+        part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+        alpha = coverage[part][..., None]
+        picture[y0:y1, x0:x1] = picture[y0:y1, x0:x1] * (1 - alpha) + colours[part] * alpha
+        labels[y0:y1, x0:x1][coverage[part] > 0.5] = thing_label(kind, colour)
+
+    light = 1 + rng.uniform(-0.16, 0.16) + 0.16 * smooth_noise(rng, height, width, max(height, width))
+    picture = picture * light[..., None] * rng.uniform(0.94, 1.06, 3) + rng.normal(0, rng.uniform(1.5, 5), (height, width, 1))
+    return np.clip(picture, 0, 255).astype(np.uint8), labels

@@ -1,0 +1,193 @@
+"""Stage 1: features of a sliding-window teacher, stitched and stored once per image (paper, section 3.4).
+
+In: a folder of pictures, no labels. Out, in --out: features/<path>.npy (float16, (H/patch, W/patch, D)), index.jsonl (how each
+image was augmented), teacher.json (the settings), failures.jsonl (pictures that could not be used).
+
+    python extract_teacher.py                                             # the demo, CPU
+    python extract_teacher.py --images photos --backbone openclip         # one GPU, or a CPU with patience
+    torchrun --nproc-per-node 4 extract_teacher.py --images photos        # four GPUs share the pictures
+
+The same command continues after an interruption.
+"""
+import argparse
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", help="folder of jpg, jpeg, png, webp pictures, searched recursively (default: the demo's training pictures)")
+    add("--out", default="runs/teacher", help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
+    add("--backbone", help="tiny, openclip, or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (default: tiny on the demo, openclip with --images)")
+    add("--random-init", action="store_true", help="the architecture without weights, for timing and tests")
+    add("--stride", type=int, default=24, help="pixels between windows (%(default)s); finer costs quadratically more; 0 is a single-pass teacher")
+    add("--window", type=int, help="side of the window in pixels (default: the size that the backbone was trained on)")
+    add("--augment", choices=["paper", "large", "none"], default="paper",
+        help="how pictures are resized, cropped and flipped before (%(default)s); the flags below override it one by one; tiny uses lengths scaled to its window")
+    add("--long-side", type=int, metavar="N", help="longest side after resizing at ratio 1, pixels")
+    add("--short-side", type=int, metavar="N", help="longest short side after resizing at ratio 1, pixels")
+    add("--ratio", type=float, nargs=2, metavar=("LO", "HI"), help="range of the random factor on both")
+    add("--min-side", type=int, metavar="N", help="pictures with a shorter short side are enlarged to it; crops are at least as long")
+    add("--crop-prob", type=float, metavar="P", help="probability of a crop")
+    add("--flip-prob", type=float, metavar="P", help="probability of a horizontal flip")
+    add("--versions", type=int, metavar="N", help="differently augmented versions of every picture, for small sets (default: 1; the demo 3)")
+    add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s); less if memory runs out")
+    add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
+    add("--limit", type=int, metavar="N", help="use the first N pictures only")
+    add("--strict", action="store_true", help="stop at the first picture that cannot be used, instead of noting it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
+    add("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
+    ARGS = parse_args()
+
+import concurrent.futures  # noqa: E402
+import dataclasses  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import open_clip  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,  # noqa: E402
+                    check_window, command_line, list_images, load_backbone, open_features, plan_augmentation,
+                    planned_size, prefetch, read_image, read_json_lines, require_same_settings, start_runtime, stitched_features,
+                    weights_hash, write_json_lines)
+
+IMAGES_PER_GROUP = 8  # whose windows share batches; fixed, so that a resumed run computes in the same batches
+
+
+def chosen_augmentation(args):
+    """The preset with the flags that override it, or None for --augment none."""
+    overrides = {name: getattr(args, name) for name in ("long_side", "short_side", "ratio", "min_side", "crop_prob", "flip_prob")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if args.augment == "none":
+        if overrides:
+            raise WrongCall(f"--augment none leaves nothing for --{', --'.join(overrides).replace('_', '-')} to change")
+        return None
+    augmentation = dataclasses.replace((DEMO_AUGMENTATION if args.backbone == "tiny" else PRESETS)[args.augment], **overrides)
+    low, high = augmentation.ratio
+    if not 0 < low <= high or min(augmentation.long_side, augmentation.short_side, augmentation.min_side) < 1:
+        raise WrongCall("--ratio needs 0 < LO <= HI, and --long-side, --short-side and --min-side at least one pixel")
+    return augmentation
+
+
+def feature_path(image, version):
+    return f"features/{image}.npy" if version == 0 else f"features/{image}.{version}.npy"
+
+
+def is_done(out, entry, dim):
+    """Whether an index entry's features are there, whole and of the right shape."""
+    try:
+        return open_features(out / entry["file"]).shape == (*entry["grid"], dim)
+    except (RunFailed, KeyError):
+        return False
+
+
+def load_group(jobs, root, augmentation, patch, seed):
+    """Decode and augment some pictures: a list of (image, version, plan, pixels or None, error or None)."""
+    loaded = []
+    for image, version in jobs:
+        try:
+            pixels = read_image(root / image)
+            if min(pixels.shape[-2:]) < patch:
+                raise RunFailed(f"{root / image}: {pixels.shape[-2]} x {pixels.shape[-1]} pixels are less than one patch of {patch}")
+            plan = plan_augmentation(pixels.shape[-2:], augmentation, patch, f"{seed}/{version}/{image}")
+            loaded.append((image, version, plan, apply_augmentation(pixels, plan), None))
+        except RunFailed as error:
+            loaded.append((image, version, None, None, str(error)))
+    return loaded
+
+
+def save_features(out, entry, features):
+    """One .npy file, and then its line in the index: whoever finds the line finds a whole file."""
+    with atomic_path(out / entry["file"]) as temporary, open(temporary, "wb") as file:
+        np.save(file, features.to(torch.float16).cpu().numpy())
+    append_json_line(out / "index.jsonl", entry)
+
+
+def main(args):
+    on_demo = args.images is None
+    root, out = Path(args.images or DEMO / "train").resolve(), Path(args.out)
+    args.backbone = args.backbone or ("tiny" if on_demo else "openclip")
+    versions = args.versions or (3 if on_demo else 1)
+    augmentation = chosen_augmentation(args)
+    images = list_images(root)[:args.limit]
+    root = root.parent if root.is_file() else root
+
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    backbone = load_backbone(args.backbone, args.random_init, runtime.device)
+    window = (args.window, args.window) if args.window else backbone.window
+    if args.stride:
+        check_window(window, args.stride, backbone.patch)
+    settings = {
+        "backbone": args.backbone, "random_init": args.random_init, "weights": weights_hash(backbone), "stride": args.stride, "window": list(window),
+        "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)} if augmentation else "none", "versions": versions,
+        "seed": args.seed, "precision": runtime.precision, "images": str(root), "patch": backbone.patch, "dim": backbone.dim,
+        "torch": torch.__version__, "open_clip": open_clip.__version__,
+    }
+    if runtime.rank == 0:
+        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"))
+        (out / "failures.jsonl").unlink(missing_ok=True)
+    runtime.barrier()
+
+    index = {(entry["image"], entry["version"]): entry for entry in read_json_lines(out / "index.jsonl")}
+    jobs = [(image, version) for image in images for version in range(versions)]
+    groups = [jobs[first:first + IMAGES_PER_GROUP] for first in range(0, len(jobs), IMAGES_PER_GROUP)]
+    missing = {job for job in jobs if job not in index or not is_done(out, index[job], backbone.dim)}
+    mine = [group for group in groups if missing.intersection(group)][runtime.rank::runtime.world]
+    if runtime.rank == 0:
+        print(f"{len(images)} pictures in {root}, {len(jobs) - len(missing)} of {len(jobs)} feature maps are there; window {window[0]} x {window[1]}, "
+              f"stride {args.stride or 'none (single pass)'}, weights {'RANDOM' if args.random_init else args.backbone}")
+
+    started, windows, cells, failed = time.time(), 0, 0, 0
+    progress = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        writing = []
+        for group in prefetch(lambda group: load_group(group, root, augmentation, backbone.patch, args.seed), mine, args.workers):
+            usable = [(image, version, plan, pixels) for image, version, plan, pixels, error in group if error is None]
+            for image, version, _, _, error in group:
+                if error is not None and (image, version) in missing:
+                    if args.strict:
+                        raise RunFailed(f"{error} (--strict)")
+                    append_json_line(out / "failures.jsonl", {"image": image, "version": version, "error": error})
+                    failed += 1
+                    progress.update()
+            maps = stitched_features(backbone, [backbone.normalise(pixels) for *_, pixels in usable], window, args.stride, args.batch_size, runtime.autocast)
+            for (image, version, plan, _), features in zip(usable, maps):
+                if (image, version) in missing:
+                    assert features.shape == (*(side // backbone.patch for side in planned_size(plan)), backbone.dim)
+                    entry = {"image": image, "version": version, "file": feature_path(image, version), **plan, "grid": list(features.shape[:2])}
+                    writing.append(writer.submit(save_features, out, entry, features))
+                    cells += features.shape[0] * features.shape[1]
+            while writing and (len(writing) > 2 * IMAGES_PER_GROUP or writing[0].done()):
+                writing.pop(0).result()  # a failed write ends the run here
+                progress.update()
+        for future in writing:
+            future.result()
+            progress.update()
+    progress.close()
+    runtime.barrier()
+    if runtime.rank == 0:
+        finish(out, jobs, time.time() - started, cells * backbone.dim * 2)
+
+
+def finish(out, jobs, seconds, size):
+    """Put the index in order, which processes and interruptions have shuffled, and say what came out."""
+    order = {job: position for position, job in enumerate(jobs)}
+    index = {(entry["image"], entry["version"]): entry for entry in read_json_lines(out / "index.jsonl")}
+    write_json_lines(out / "index.jsonl", sorted(index.values(), key=lambda entry: (entry["image"], entry["version"])))
+    failures = read_json_lines(out / "failures.jsonl")
+    print(f"{sum(job in index for job in order)} of {len(jobs)} feature maps in {out} ({size / 1e9:.2f} GB new, {seconds:.0f} s)")
+    if failures:
+        print(f"{len(failures)} could not be made; {out / 'failures.jsonl'} says why, for example: {failures[0]['error']}")
+    if not any(job in index for job in order):
+        raise RunFailed(f"none of the pictures could be used; {out / 'failures.jsonl'} says why")
+
+
+if __name__ == "__main__":
+    command_line(main, ARGS)

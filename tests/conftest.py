@@ -1,0 +1,52 @@
+"""A small backbone and small pictures that the tests make themselves; nothing is downloaded."""
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from common import load_backbone
+
+MICRO = {
+    "model_cfg": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]},
+}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """An open_clip folder with a native ViT of 3 blocks, patch 16, window 64, random weights: its --backbone value."""
+    folder = tmp_path_factory.mktemp("micro")
+    (folder / "open_clip_config.json").write_text(json.dumps(MICRO))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    # random initialisation leaves most positions and biases near zero; larger ones make mistakes visible
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def backbone(micro):
+    return load_backbone(micro)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Ten pictures of different sizes, two of them in a subfolder: a folder."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "sub").mkdir()
+    rng = np.random.default_rng(1)
+    for k in range(10):
+        height, width = (int(side) for side in rng.integers(70, 170, 2))
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8))
+        coarse.resize((width, height), Image.BICUBIC).save(folder / ("sub" if k > 7 else "") / f"{k}.png")
+    return folder
