@@ -348,8 +348,8 @@ def resize_positions(table, grid, new_grid):
 class Backbone(nn.Module):
     """A vision-language ViT as a dense feature extractor for images of any size; one subclass per family of towers.
 
-    The forward pass is embed -> blocks -> project. Tokens (B, n, C) that enter block k can be kept and continued from with
-    run_blocks(tokens, start=k), which is how a frozen prefix is computed once.
+    The forward pass is embed -> run_blocks -> project. Tokens (B, n, C) that enter block k can be kept and continued from with
+    run_blocks(tokens, grid, start=k), which is how frozen blocks are computed once.
 
     Attributes: model (open_clip's, both towers), blocks (its ViT blocks), patch (pixels), window (native H, W in pixels),
     width (C, of the tokens), dim (D, shared with the text), mean and std (of the normalisation).
@@ -369,18 +369,18 @@ class Backbone(nn.Module):
         """Normalised images (B, 3, H, W) -> tokens (B, n, C) that enter the first block, with their positions added."""
         raise NotImplementedError
 
-    def run_block(self, index, tokens):
-        """One block: (B, n, C) -> (B, n, C)."""
+    def run_block(self, index, tokens, grid):
+        """One block, on the tokens of an (h, w) grid: (B, n, C) -> (B, n, C)."""
         raise NotImplementedError
 
     def project(self, tokens, grid):
         """Tokens after the last block -> text-aligned patch features (B, h, w, D)."""
         raise NotImplementedError
 
-    def run_blocks(self, tokens, start=0, stop=None):
+    def run_blocks(self, tokens, grid, start=0, stop=None):
         """Blocks start..stop-1 (all by default): (B, n, C) -> (B, n, C)."""
         for index in range(start, len(self.blocks) if stop is None else stop):
-            tokens = self.run_block(index, tokens)
+            tokens = self.run_block(index, tokens, grid)
         return tokens
 
     def grid(self, images):
@@ -401,7 +401,8 @@ class Backbone(nn.Module):
 
     def encode_dense(self, images):
         """Text-aligned patch features in a single pass: normalised (B, 3, H, W) -> (B, H/patch, W/patch, D), not L2-normalised."""
-        return self.project(self.run_blocks(self.embed(images)), self.grid(images))
+        grid = self.grid(images)
+        return self.project(self.run_blocks(self.embed(images), grid), grid)
 
 
 class NativeViT(Backbone):
@@ -426,7 +427,7 @@ class NativeViT(Backbone):
         class_token = (visual.class_embedding + positions[0]).to(patches.dtype).expand(len(images), 1, -1)
         return visual.ln_pre(torch.cat([class_token, patches], 1))
 
-    def run_block(self, index, tokens):
+    def run_block(self, index, tokens, grid):
         block = self.blocks[index]
         if index < len(self.blocks) - 1:
             return block(tokens)

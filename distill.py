@@ -34,16 +34,16 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
-import math  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import math
+import time
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path, command_line, load_backbone,  # noqa: E402
+from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path, command_line, load_backbone,
                     open_features, planned_size, prefetch, read_image, read_json, read_json_lines, require_same_settings, save_open_clip,
                     start_runtime, weights_hash, write_json, write_json_lines)
 
@@ -91,9 +91,10 @@ def select_trained(student, blocks):
 
 def student_features(student, image, first, train_embedding):
     """Single-pass map of one normalised image, with gradients from block `first` on: (3, H, W) -> (H/patch, W/patch, D)."""
+    grid = student.grid(image)
     with torch.set_grad_enabled(train_embedding):
-        tokens = student.run_blocks(student.embed(image[None]), stop=first)
-    return student.project(student.run_blocks(tokens, start=first), student.grid(image))[0]
+        tokens = student.run_blocks(student.embed(image[None]), grid, stop=first)
+    return student.project(student.run_blocks(tokens, grid, start=first), grid)[0]
 
 
 def learning_rate(step, steps, peak, schedule):

@@ -39,18 +39,18 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
-import colorsys  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import colorsys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import open_clip  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import open_clip
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from common import (DEMO, IGNORE, RunFailed, WrongCall, atomic_path, check_window, command_line, dense_features, embed_texts,  # noqa: E402
+from common import (DEMO, IGNORE, RunFailed, WrongCall, atomic_path, check_window, command_line, dense_features, embed_texts,
                     label_map, list_images, load_backbone, prefetch, prepare, read_classes, read_image, read_json, resize_short_side,
                     single_pass_similarities, sliding_window_similarities, start_runtime, stitched_features, weights_hash, write_json)
 

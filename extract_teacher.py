@@ -43,17 +43,17 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
-import concurrent.futures  # noqa: E402
-import dataclasses  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import concurrent.futures
+import dataclasses
+import time
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import open_clip  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import open_clip
+import torch
+from tqdm import tqdm
 
-from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,  # noqa: E402
+from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,
                     check_window, command_line, list_images, load_backbone, open_features, plan_augmentation,
                     planned_size, prefetch, read_image, read_json_lines, require_same_settings, start_runtime, stitched_features,
                     weights_hash, write_json_lines)

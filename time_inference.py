@@ -32,15 +32,15 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
-import platform  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import platform
+import statistics
+import time
+from pathlib import Path
 
-import open_clip  # noqa: E402
-import torch  # noqa: E402
+import open_clip
+import torch
 
-from common import (WrongCall, atomic_path, check_window, command_line, cut_windows, load_backbone, nearest_multiple, start_runtime,  # noqa: E402
+from common import (WrongCall, atomic_path, check_window, command_line, cut_windows, load_backbone, nearest_multiple, start_runtime,
                     write_json)
 
 

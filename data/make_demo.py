@@ -23,18 +23,19 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.pos_embed import get_2d_sincos_pos_embed
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import DEMO, NativeViT, save_open_clip, write_json  # noqa: E402
-from data.scenes import COLOUR_NAMES, HELD_OUT, KIND_NAMES, NAMES, STUFF, concept, render_scene, thing_label  # noqa: E402
+from common import DEMO, NativeViT, save_open_clip, write_json
+from data.scenes import COLOUR_NAMES, HELD_OUT, KIND_NAMES, NAMES, STUFF, concept, render_scene, thing_label
 
 SIDE = 128  # native resolution, pixels
 CONFIG = {
     "model_cfg": {
-        "embed_dim": 128,
+        "embed_dim": 48,
         "vision_cfg": {"image_size": SIDE, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2},
     },
@@ -113,15 +114,20 @@ def caption(labels, rng):
     return "a photo of " + " and ".join(words)
 
 
-def initialise_patches(visual, images):
-    """Set the patch projection to the principal components of real patches, which saves the first minutes of training."""
+def initialise(visual, images):
+    """Start from principal components of real patches, and from sines and cosines for the (learned) positions, equally strong.
+
+    From the usual small random positions the backbone never learns to use them: it grows its patches instead, sees bags
+    of patches, and tells no star from a ring.
+    """
     patches = F.unfold(images, 16, stride=16).transpose(1, 2).flatten(0, 1)  # (n, 768)
     patches = patches[torch.randperm(len(patches))[:12000]]
     _, scales, components = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
     width = visual.conv1.out_channels
     deviations = (scales[:width, None] / len(patches) ** 0.5).clamp(min=0.3)
-    visual.conv1.weight.copy_((components[:width] / deviations * 0.15).view_as(visual.conv1.weight))
-    visual.positional_embedding.mul_(0.5)
+    visual.conv1.weight.copy_((components[:width] / deviations * 0.5).view_as(visual.conv1.weight))
+    sines = get_2d_sincos_pos_embed(width, visual.grid_size[0], cls_token=True)
+    visual.positional_embedding.copy_(0.7 * torch.from_numpy(sines))
 
 
 def train_backbone(folder, seed, steps, scenes, batch=32):
@@ -139,22 +145,25 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
     backbone.name = str(folder)
     visual, last = model.visual, model.visual.transformer.resblocks[-1]
     with torch.no_grad():
-        initialise_patches(visual, backbone.normalise(draw_crops(pool, 200, rng)[0]))
+        initialise(visual, backbone.normalise(draw_crops(pool, 200, rng)[0]))
         model.logit_scale.fill_(math.log(15))
     bias = torch.nn.Parameter(torch.tensor(-4.0))
 
     matrices = [p for p in visual.transformer.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)] + [bias]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98))]
-    peaks = [0.02, 1e-3]
+    patch_projection = [visual.conv1.weight]  # slower than the rest, so that it does not outgrow the positions
+    others = [p for p in model.parameters() if not any(p is m for m in matrices + patch_projection)] + [bias]
+    optimizers = [torch.optim.Muon(matrices, weight_decay=0.01), torch.optim.AdamW([{"params": others}, {"params": patch_projection}],
+                                                                                   betas=(0.9, 0.98), weight_decay=0.0)]
+    peaks = [[0.02], [1e-3, 1e-4]]
     weights = list(model.parameters())
     average = [p.detach().clone() for p in weights]
-    started, grid = time.time(), SIDE // 16
+    started, grid = time.time(), (SIDE // 16, SIDE // 16)
     progress = tqdm(range(steps), desc="training tiny", mininterval=5)
     for step in progress:
         rate = min(1, (step + 1) / 150) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * rate
+        for optimizer, rates in zip(optimizers, peaks):
+            for group, peak in zip(optimizer.param_groups, rates):
+                group["lr"] = peak * rate
 
         images, labels = draw_crops(pool, batch, rng)
         images = backbone.normalise(images) * torch.empty(batch, 1, 1, 1).uniform_(0.85, 1.15)
@@ -165,8 +174,8 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
         texts = F.normalize(model.encode_text(tokenizer(texts + captions)), dim=-1)  # (T + B, D)
         # the plain attention kernel is the faster one for 65 tokens in bf16 on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tokens = backbone.run_blocks(backbone.embed(images), stop=5)
-            patches = backbone.project(backbone.run_block(5, tokens), (grid, grid))
+            tokens = backbone.run_blocks(backbone.embed(images), grid, stop=5)
+            patches = backbone.project(backbone.run_block(5, tokens, grid), grid)
             pooled = visual.ln_post(last(tokens)[:, 0]) @ visual.proj
         scale = model.logit_scale.exp()
 

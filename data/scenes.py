@@ -2,8 +2,7 @@
 
 A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and coloured things that
 cover each other and are cut by the border. A label is a *concept*: one of the `STUFF` (0..7), or a kind of thing in a
-colour (`thing_label`). What a thing is follows from its shape; its colour, pattern and shading are drawn apart from it,
-so that a patch inside a thing needs its surroundings to be recognised.
+colour (`thing_label`). A kind has a shape and, four times out of five, a pattern of its own; its colour is drawn apart from both.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -138,6 +137,26 @@ def paint_stuff(name, rng, h, w):
     raise KeyError(name)
 
 
+def surface(kind, x, y, radius, rng):
+    """What a kind looks like from close by: factors on its colour at points of the unit square, (n, n) each way."""
+    angle, distance = np.arctan2(y, x), np.hypot(x, y)
+    u, v = x * radius, y * radius  # pixels, so that a pattern is as fine on a large thing as on a small one
+    return {
+        "ball": lambda: 1.3 - 0.55 * np.hypot(x + 0.35, y + 0.35),
+        "box": lambda: np.where(v % 7 < 1.8, 0.65, 1.0),
+        "star": lambda: 1 + 0.5 * (rng.uniform(size=x.shape) < 0.12) - 0.25 * (rng.uniform(size=x.shape) < 0.1),
+        "ring": lambda: np.where((angle * 5 / np.pi) % 2 < 1, 1.1, 0.65),
+        "tent": lambda: np.where(u % 10 < 5, 1.1, 0.75),
+        "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5), 0.78, 1.05),
+        "tree": lambda: 1 + 0.4 * smooth_noise(rng, *x.shape, 4),
+        "car": lambda: 1.05 - 0.5 * np.clip(y, -0.6, 0.4) + 0.3 * (np.abs(y + 0.02) < 0.06),
+        "flower": lambda: 1 + 0.3 * np.sin(angle * 22),
+        "mushroom": lambda: 1.1 - 0.4 * distance ** 2,
+        "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6, 1.15, 0.75),
+        "boat": lambda: np.where(v % 9 < 2, 0.7, 1.0) * (1.1 - 0.2 * np.abs(x)),
+    }[kind]()
+
+
 def paint_thing(kind, colour, radius, rng):
     """One thing on its own canvas of side 2 * radius + 3: (colours (n, n, 3) float32, coverage (n, n) in [0, 1])."""
     side, scale = 2 * radius + 3, 3
@@ -146,17 +165,9 @@ def paint_thing(kind, colour, radius, rng):
     flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
     y, x = np.mgrid[:side, :side].astype(np.float32)
 
-    main = np.array(COLOURS[colour], np.float32) * rng.uniform(0.8, 1.08) + rng.normal(0, 9, 3)
-    pattern = rng.choice(["plain", "plain", "striped", "dotted"])
-    direction, period = rng.uniform(0, np.pi), rng.uniform(7, 14)
-    u, v = x * np.cos(direction) + y * np.sin(direction), y * np.cos(direction) - x * np.sin(direction)
-    if pattern == "striped":
-        ink = (u % period) < period * 0.4
-    elif pattern == "dotted":
-        ink = ((u % period) - period / 2) ** 2 + ((v % period) - period / 2) ** 2 < (period * 0.28) ** 2
-    else:
-        ink = np.zeros((side, side), bool)
-    main = np.where(ink[..., None], main * rng.choice([0.62, 1.28]), main)
+    local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius  # (n, n, 2) in the unit square of KINDS
+    main = np.array(COLOURS[colour], np.float32) * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
+    main = main * (surface(kind, local[..., 0], local[..., 1], radius, rng) if rng.uniform() < 0.8 else np.ones_like(x))[..., None]
 
     colours, coverage = np.zeros((side, side, 3), np.float32), np.zeros((side, side), np.float32)
     for corners, paint in KINDS[kind]:
@@ -170,7 +181,8 @@ def paint_thing(kind, colour, radius, rng):
         fill = main if isinstance(paint, str) else main * paint if isinstance(paint, float) else np.array(paint, np.float32)
         colours = colours * (1 - alpha[..., None]) + fill * alpha[..., None]
         coverage = np.maximum(coverage, alpha)
-    shade = 1 + rng.uniform(0.05, 0.3) * (np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)) * 2
+    direction = rng.uniform(0, 2 * np.pi)
+    shade = 1 + rng.uniform(0.05, 0.25) * (np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)) * 2
     # where parts overlap the background a little, their colour is spread to the edge so that it does not darken
     colours = np.where(coverage[..., None] > 0, colours / np.maximum(coverage, 0.3)[..., None], colours) * shade[..., None]
     return colours, coverage
@@ -200,7 +212,7 @@ def render_scene(rng, height, width, things):
 
     for _ in range(rng.poisson(11 * height * width / 300 ** 2) + 2):
         kind, colour = things[rng.integers(len(things))]
-        radius = int(np.exp(rng.uniform(np.log(9), np.log(0.28 * min(height, width)))))
+        radius = int(9 * (0.28 * min(height, width) / 9) ** rng.uniform() ** 0.7)
         colours, coverage = paint_thing(kind, colour, radius, rng)
         side = len(coverage)
         top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)

@@ -50,7 +50,7 @@ def test_dense_features_equal_open_clips_modules(which, scale, request):
 @torch.no_grad()
 def test_at_the_native_size_tokens_are_open_clips_own(backbone):
     visual, images = backbone.model.visual, torch.randn(2, 3, 64, 64)
-    ours = backbone.run_blocks(backbone.embed(images), stop=len(backbone.blocks) - 1)
+    ours = backbone.run_blocks(backbone.embed(images), (4, 4), stop=len(backbone.blocks) - 1)
     theirs = visual.forward_intermediates(images, indices=[1], output_fmt="NLC", output_extra_tokens=True)
     assert torch.equal(ours[:, 1:], theirs["image_intermediates"][0])
     assert torch.equal(ours[:, :1], theirs["image_intermediates_prefix"][0])
@@ -65,9 +65,9 @@ def test_positions_are_interpolated_by_size(grid):
 
 
 def test_frozen_blocks_can_be_continued(backbone):
-    tokens = backbone.embed(torch.randn(1, 3, 96, 48))
-    whole = backbone.run_blocks(tokens)
-    assert torch.equal(whole, backbone.run_blocks(backbone.run_blocks(tokens, stop=1), start=1))
+    tokens, grid = backbone.embed(torch.randn(1, 3, 96, 48)), (6, 3)
+    whole = backbone.run_blocks(tokens, grid)
+    assert torch.equal(whole, backbone.run_blocks(backbone.run_blocks(tokens, grid, stop=1), grid, start=1))
 
 
 def test_text_embeddings_equal_open_clips(micro, backbone):
@@ -81,7 +81,7 @@ def test_student_folder_is_plain_open_clip(backbone, tmp_path):
     save_open_clip(backbone, tmp_path / "student")
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
-    script = ("import torch, open_clip; model, _, _ = open_clip.create_model_and_transforms('local-dir:student'); model.eval();"
+    script = ("import torch, open_clip; torch.set_grad_enabled(False); model, _, _ = open_clip.create_model_and_transforms('local-dir:student'); model.eval();"
               "tokens = open_clip.get_tokenizer('local-dir:student')(['a cat']);"
               "torch.save((model.encode_image(torch.load('images.pt')), model.encode_text(tokens)), 'out.pt')")
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
@@ -133,6 +133,6 @@ def test_unknown_and_unsuitable_backbones_are_refused(tmp_path):
 
 
 def test_without_network_the_way_out_is_said(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RunFailed, match="--backbone hf-hub:nobody/nothing.*local-dir:PATH"):
         load_backbone("hf-hub:nobody/nothing")
