@@ -465,6 +465,19 @@ def resolve_backbone(name):
     return architecture, tag or None
 
 
+def offline_advice(architecture, tag):
+    """Where a model's files can be had by hand, and where to put them."""
+    import open_clip
+    if architecture.startswith("local-dir:"):
+        return "The folder must hold open_clip_config.json and the weights it describes, as open_clip saves them"
+    source = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    repository = architecture.removeprefix("hf-hub:") if architecture.startswith("hf-hub:") else source.get("hf_hub", "").rstrip("/")
+    if repository:
+        return (f"Without network, fetch open_clip_config.json, the weights and any tokenizer files of https://huggingface.co/{repository} elsewhere, "
+                "put them into one folder and give --backbone local-dir:FOLDER")
+    return f"Without network, fetch {source.get('url', 'the weights')} elsewhere and give --backbone {architecture}/FILE"
+
+
 def load_backbone(name, random_init=False, device="cpu"):
     """A pre-trained model by its --backbone value (interface.md), frozen, in eval mode, on device.
 
@@ -484,8 +497,7 @@ def load_backbone(name, random_init=False, device="cpu"):
                                        require_pretrained=not random_init)
     except Exception as error:  # open_clip raises many types here, most of them from the libraries below it
         cause = str(error).strip().splitlines()
-        raise RunFailed(f"--backbone {name} cannot be loaded: {cause[0] if cause else type(error).__name__}. Without network, fetch the "
-                        "repository's open_clip_config.json, weights and tokenizer files elsewhere and give their folder as local-dir:PATH") from error
+        raise RunFailed(f"--backbone {name} cannot be loaded: {cause[0] if cause else type(error).__name__}. {offline_advice(architecture, tag)}") from error
     finally:
         logging.getLogger().setLevel(level)
     if not isinstance(model.visual, open_clip.transformer.VisionTransformer):

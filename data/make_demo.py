@@ -1,6 +1,6 @@
 """Make the demo: train the small backbone `tiny` from scratch on captioned scenes, and write the pictures.
 
-    python data/make_demo.py                  # everything in data/demo/, from the seed; about 40 minutes on 2 CPU cores
+    python data/make_demo.py                  # everything in data/demo/, from the seed; about 17 minutes on 2 CPU cores
     python data/make_demo.py --only pictures  # the pictures alone, 10 seconds
 
 In: nothing. Out, in data/demo/: tiny/ (an open_clip folder), train/*.jpg (unlabelled), test/images/*.jpg,
@@ -256,7 +256,7 @@ def main():
     parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (data/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["backbone", "pictures"], help="make one of the two")
-    parser.add_argument("--steps", type=int, default=7000, help="training steps of the backbone (7000, a third of a second each)")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the backbone (3000, a third of a second each)")
     parser.add_argument("--scenes", type=int, default=3000, help="scenes that it is trained on (3000, 0.7 GB of memory)")
     parser.add_argument("--train", type=int, default=150, help="unlabelled pictures for distillation (150)")
     parser.add_argument("--test", type=int, default=60, help="labelled pictures for evaluation (60)")

@@ -128,11 +128,13 @@ def test_unknown_and_unsuitable_backbones_are_refused(tmp_path):
         load_backbone("ViT-B-32")
     with pytest.raises(WrongCall, match="ModifiedResNet"):
         load_backbone("RN50/openai", random_init=True)
-    with pytest.raises(RunFailed, match="local-dir:PATH"):
+    with pytest.raises(RunFailed, match="open_clip_config.json"):
         load_backbone(f"local-dir:{tmp_path}")
 
 
 def test_without_network_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RunFailed, match="--backbone hf-hub:nobody/nothing.*local-dir:PATH"):
+    with pytest.raises(RunFailed, match="huggingface.co/nobody/nothing.*local-dir:FOLDER"):
         load_backbone("hf-hub:nobody/nothing")
+    with pytest.raises(RunFailed, match="huggingface.co/laion/CLIP-ViT-B-16-laion2B-s34B-b88K.*local-dir:FOLDER"):
+        load_backbone("openclip")
