@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path, command_line, load_backbone,
-                    open_features, planned_size, prefetch, read_image, read_json, read_json_lines, require_same_settings, save_open_clip,
+                    open_features, prefetch, read_image, read_json, read_json_lines, require_same_settings, save_open_clip,
                     start_runtime, weights_hash, write_json, write_json_lines)
 
 # the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 30 times fewer steps

@@ -144,7 +144,7 @@ def main(args):
         print(f"{len(images)} pictures in {root}, {len(jobs) - len(missing)} of {len(jobs)} feature maps are there; window {window[0]} x {window[1]}, "
               f"stride {args.stride or 'none (single pass)'}, weights {'RANDOM' if args.random_init else args.backbone}")
 
-    started, windows, cells, failed = time.time(), 0, 0, 0
+    started, cells = time.time(), 0
     progress = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
     with concurrent.futures.ThreadPoolExecutor(1) as writer:
         writing = []
@@ -155,7 +155,6 @@ def main(args):
                     if args.strict:
                         raise RunFailed(f"{error} (--strict)")
                     append_json_line(out / "failures.jsonl", {"image": image, "version": version, "error": error})
-                    failed += 1
                     progress.update()
             maps = stitched_features(backbone, [backbone.normalise(pixels) for *_, pixels in usable], window, args.stride, args.batch_size, runtime.autocast)
             for (image, version, plan, _), features in zip(usable, maps):
