@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path, command_line, load_backbone,
-                    open_features, prefetch, read_image, read_json, read_json_lines, require_same_settings, save_open_clip,
+                    open_features, prefetch, read_image, read_json, read_json_lines, require_same_settings,
                     start_runtime, weights_hash, write_json, write_json_lines)
 
 # the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 30 times fewer steps
@@ -79,7 +79,7 @@ def select_trained(student, blocks):
     """Unfreeze what is to be trained. Returns the index of the first block with gradients and the parameters."""
     depth = len(student.blocks)
     if blocks == "all":
-        trained, first = student.model.visual, 0
+        trained, first = student.visual, 0
     elif blocks.isdecimal() and 1 <= int(blocks) <= depth:
         first = depth - int(blocks)
         trained = student.blocks[first:]
@@ -175,7 +175,7 @@ def main(args):
         seconds = log[-1]["seconds"] if log else 0.0
         write_json_lines(out / "log.jsonl", log)
         print(f"{len(entries)} teacher maps, {epochs} epochs, {steps} steps" + (f", continuing after step {step}" if step else ""))
-        print(f"training {sum(p.numel() for p in parameters) / 1e6:.1f} M of {sum(p.numel() for p in student.model.visual.parameters()) / 1e6:.1f} M "
+        print(f"training {sum(p.numel() for p in parameters) / 1e6:.1f} M of {sum(p.numel() for p in student.visual.parameters()) / 1e6:.1f} M "
               f"parameters of the image tower: {'all' if args.train_blocks == 'all' else f'the last {args.train_blocks} blocks'}, "
               f"AdamW, learning rate {peak:g}, {schedule}")
 
@@ -209,8 +209,7 @@ def main(args):
                 plot_log(out)
     progress.close()
     if runtime.rank == 0:
-        student.name = teacher["backbone"]
-        save_open_clip(student, out)
+        student.save(out)
         write_json(out / "spar.json", {**settings, "steps": steps, "loss": read_json_lines(out / "log.jsonl")[-1]["loss"]})
         print(f"student in {out}: open_clip.create_model_and_transforms('local-dir:{out}')")
 
