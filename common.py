@@ -369,7 +369,7 @@ class Backbone(nn.Module):
 
     Attributes: visual (the image tower), model (both towers, or None where the text tower was not loaded), blocks (its ViT
     blocks), patch (pixels), window (native H, W in pixels; None if there is no such size), dim (D, shared with the text),
-    mean and std (of the normalisation), source (the arguments of load_backbone).
+    pooling ("class token", "attention" or "mean"), mean and std (of the normalisation), source (the arguments of load_backbone).
     """
     visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
 
@@ -478,7 +478,7 @@ class NativeViT(Backbone):
         self.patch = visual.patch_size[0]
         self.window = tuple(visual.image_size)
         self.dim = visual.output_dim
-        self.by_class_token = visual.attn_pool is None and visual.pool_type == "tok"
+        self.pooling = "attention" if visual.attn_pool is not None else {"tok": "class token", "avg": "mean"}[visual.pool_type]
 
     def embed(self, images):
         visual, grid = self.visual, self.grid(images)
@@ -490,7 +490,7 @@ class NativeViT(Backbone):
 
     def run_block(self, index, tokens, grid):
         block = self.blocks[index]
-        if index < len(self.blocks) - 1 or not self.by_class_token:
+        if index < len(self.blocks) - 1 or self.pooling != "class token":
             return block(tokens)
         # MaskCLIP: with the identity for attention, its value and output projections remain (one_by_one without its queries and keys)
         tokens, attention = tokens[:, 1:], block.attn  # the class token serves no patch from here on
@@ -501,8 +501,8 @@ class NativeViT(Backbone):
 
     def project(self, tokens, grid):
         visual = self.visual
-        patches = tokens if self.by_class_token else tokens[:, 1:]
-        if visual.attn_pool is not None:  # every query sees the one key, so any of them gives its value
+        patches = tokens if self.pooling == "class token" else tokens[:, 1:]
+        if self.pooling == "attention":  # every query sees the one key, so any of them gives its value
             pool, shape = visual.attn_pool, patches.shape[:2]
             keys = pool.ln_k(one_by_one(patches))
             patches = pool.attn(pool.ln_q(pool.query[:1]).expand(len(keys), 1, -1), keys, keys, need_weights=False)[0].view(*shape, -1)
@@ -519,7 +519,7 @@ class TimmViT(Backbone):
             raise WrongCall(f"its image tower pools its patches by {trunk.global_pool!r}; known are token, avg and map")
         self.blocks = trunk.blocks
         self.dim = self.visual.head[-1].out_features if len(self.visual.head) else trunk.num_classes or trunk.embed_dim
-        self.by_class_token = trunk.global_pool == "token"
+        self.pooling = {"token": "class token", "avg": "mean", "map": "attention"}[trunk.global_pool]
         self.set_sizes()
 
     def set_sizes(self):
@@ -542,15 +542,15 @@ class TimmViT(Backbone):
         return block(tokens)
 
     def run_block(self, index, tokens, grid):
-        if index < len(self.blocks) - 1 or not self.by_class_token:
+        if index < len(self.blocks) - 1 or self.pooling != "class token":
             return self.attend(self.blocks[index], tokens, grid)
         patches = tokens[:, self.trunk.num_prefix_tokens:]
         return self.blocks[index](one_by_one(patches)).view_as(patches)  # MaskCLIP
 
     def project(self, tokens, grid):
         trunk = self.trunk
-        patches = trunk.norm(tokens if self.by_class_token else tokens[:, trunk.num_prefix_tokens:])
-        if trunk.attn_pool is not None:
+        patches = trunk.norm(tokens if self.pooling == "class token" else tokens[:, trunk.num_prefix_tokens:])
+        if self.pooling == "attention":
             pool, width = trunk.attn_pool, patches.shape[-1]
             patches = pool.proj(F.linear(patches, pool.kv.weight[width:], None if pool.kv.bias is None else pool.kv.bias[width:]))
             patches = patches + pool.mlp(pool.norm(patches))
@@ -593,6 +593,7 @@ class DinoTxt(Backbone):
     """
     visual_prefix = "visual_model."
     window = (384, 384)  # of the teacher; its positions are rotary, so that no size is native
+    pooling = "mean"
 
     def __init__(self, model, tokenizer):
         import open_clip
@@ -639,7 +640,7 @@ def resolve_backbone(name):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def offline_advice(architecture, tag):
@@ -657,14 +658,14 @@ def offline_advice(architecture, tag):
 
 @contextlib.contextmanager
 def quiet_open_clip():
-    """open_clip logs through the root logger, and warns where nothing is wrong."""
+    """open_clip and huggingface_hub log warnings where nothing is wrong, and errors that they then raise as well."""
     import logging
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.getLogger().setLevel(level)
+        logging.disable(before)
 
 
 def model_config(name):
@@ -911,6 +912,16 @@ def check_window(window, stride, patch):
         raise WrongCall(f"--window {window[0]}: must be a multiple of the patch, {patch}")
     if not 1 <= stride <= min(window):
         raise WrongCall(f"--stride {stride}: must be from 1 to the window's side, {min(window)}, or pixels would be left uncovered (0 is the single pass)")
+
+
+def chosen_window(backbone, side, stride):
+    """(H, W) of the window: of --window, or the native one; checked unless the stride is 0. None for a backbone without either."""
+    window = (side, side) if side else backbone.window
+    if stride and window is None:
+        raise WrongCall(f"--backbone {backbone.source['name']} has no native size to slide over a picture: only the single pass (--stride 0), or give --window")
+    if stride:
+        check_window(window, stride, backbone.patch)
+    return window
 
 
 def linear_matrix(inputs, outputs):

@@ -295,7 +295,7 @@ def dinov3(tmp_path_factory):
     clone = os.environ.get("SPAR_DINOV3_DIR")
     if not clone:
         pytest.skip("SPAR_DINOV3_DIR names no clone of github.com/facebookresearch/dinov3")
-    sys.path.insert(0, clone)
+    sys.path.append(clone)
     from dinov3.eval.text.dinotxt_model import DINOTxt, DINOTxtConfig
     from dinov3.eval.text.text_transformer import TextTransformer
     from dinov3.eval.text.tokenizer import get_tokenizer
@@ -328,10 +328,13 @@ def test_dinov3txt_segments_and_is_saved_as_its_public_code_loads_it(dinov3, tmp
     dinov3.model.load_state_dict(load_file(tmp_path / common.DINOV3), strict=True)
 
 
-def test_dinov3txt_says_what_it_needs(tmp_path):
+def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):
     with pytest.raises(WrongCall, match="--dinov3-weights .*--hub-dir"):
         load_backbone("dinov3txt")
     with pytest.raises(WrongCall, match="no such file"):
         load_backbone("dinov3txt", dinov3_weights=(tmp_path / "a.pth", tmp_path / "b.pth"))
+    for module in [module for module in sys.modules if module.startswith("dinov3")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != os.environ.get("SPAR_DINOV3_DIR")])
     with pytest.raises(RunFailed, match="public code cannot be used.*--hub-dir"):
         load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)
