@@ -811,11 +811,11 @@ def bilinear_strips(similarities, size):
 
     def strip(first, last):
         rows = (weights[first:last] @ similarities.flatten(1)).view(last - first, width, count)
-        return F.interpolate(rows.permute(2, 0, 1)[None], size=(last - first, size[1]), mode="bilinear", align_corners=False)[0]
+        return F.interpolate(rows.permute(2, 0, 1)[None].contiguous(), size=(last - first, size[1]), mode="bilinear", align_corners=False)[0]
     return strip
 
 
-def label_map(strip, size, classes, rule=Rule(), values=2 ** 23):
+def label_map(strip, size, classes, rule=Rule(), values=2 ** 21):
     """The class of each pixel, from strips of similarities (N, rows, W): (H, W) int64 on the strips' device.
 
     The most similar of all names belongs to the class whose best synonym is the most similar, and softmax changes no order:

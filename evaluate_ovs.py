@@ -77,6 +77,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
+import collections
 import colorsys
 import csv
 import hashlib
@@ -144,8 +145,8 @@ def with_masks(name, root, images, mask_root, classes, short_sides):
     if mask_root is None:
         return Dataset(name, root, images, None, None, classes, short_sides or [None])
     masks = [Path(mask_root) / Path(image).with_suffix(".png") for image in images]
-    for mask in masks:
-        if masks.count(mask) > 1:
+    for mask, times in collections.Counter(masks).items():
+        if times > 1:
             raise RunFailed(f"{mask} would be the mask of several pictures: {', '.join(i for i, m in zip(images, masks) if m == mask)}")
     return Dataset(name, root, images, masks, [label_table("plain", len(classes))] * len(masks), classes, short_sides or [None])
 
@@ -248,7 +249,7 @@ class PixelGraph:
         for weights, (dy, dx) in zip(self.weights, self.offsets):
             weights *= scale * scale.roll((-dy, -dx), (0, 1))
 
-    def apply(self, maps, rows=16):
+    def apply(self, maps, rows=64):
         """(Q, H, W) -> the product with the adjacency, (Q, H, W); a CPU goes by strips that stay in its cache."""
         (height, width), reach = self.size, self.reach
         padded, products = F.pad(maps, (reach,) * 4), torch.zeros_like(maps)
@@ -321,13 +322,13 @@ class AnyUp(torch.nn.Module):
         (query_weight, key_weight, _), (query_bias, key_bias, _) = attention.attention.in_proj_weight.chunk(3), attention.attention.in_proj_bias.chunk(3)
         keys = F.linear(attention.norm_k(keys[0].permute(1, 2, 0)), key_weight, key_bias).unflatten(-1, (heads, -1))  # (h, w, heads, C')
         values = values[0].permute(1, 2, 0)  # (h, w, N)
-        rows, columns = (self.reach(inputs, outputs, similarities.device) for inputs, outputs in zip((height, width), size))
+        rows, columns = (self.reach(inputs, outputs) for inputs, outputs in zip((height, width), size))
 
         def one_tile(projected, top, left):
             near_rows, near_columns = rows[top:top + projected.shape[0]], columns[left:left + projected.shape[1]]
             used = [slice(int(near[:, 0].min()), int(near[:, 1].max())) for near in (near_rows, near_columns)]
-            allowed = [(torch.arange(span.start, span.stop, device=near.device) >= near[:, :1]) & (torch.arange(span.start, span.stop, device=near.device) < near[:, 1:])
-                       for span, near in zip(used, (near_rows, near_columns))]
+            patches = [torch.arange(span.start, span.stop) for span in used]
+            allowed = [((index >= near[:, :1]) & (index < near[:, 1:])).to(projected.device) for index, near in zip(patches, (near_rows, near_columns))]
             mask = (allowed[0][:, None, :, None] & allowed[1][None, :, None, :]).flatten(0, 1).flatten(1)  # (pixels, patches)
             some = keys[used[0], used[1]].flatten(0, 1)  # (patches, heads, C')
             scores = torch.einsum("qhc,khc->hqk", projected.flatten(0, 1).unflatten(-1, (heads, -1)) * (channels // heads) ** -0.5, some)
@@ -345,9 +346,9 @@ class AnyUp(torch.nn.Module):
             return torch.cat(joined).permute(2, 0, 1)
         return strip
 
-    def reach(self, inputs, outputs, device):
+    def reach(self, inputs, outputs):
         """First and past-the-last patch that each pixel of an axis attends to: (outputs, 2). In float32 and in the published order of operations."""
-        centres = (torch.arange(outputs, device=device, dtype=torch.float32) + 0.5) / outputs
+        centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
         low, high = (centres - self.block.window_ratio).clamp(0, 1), (centres + self.block.window_ratio).clamp(0, 1)
         return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
 
@@ -558,11 +559,11 @@ def row_label(row):
 
 def print_table(rows):
     """Per-class IoU of one data set at one size, a column for each method."""
-    names = list(rows[0]["per_class_iou"])
+    names = list(dict.fromkeys(name for row in rows for name in row["per_class_iou"]))
     width, cell = max(len("pixel accuracy"), *map(len, names)) + 2, max(20, *(len(row_label(row)) + 2 for row in rows))
     print("\n" + " " * width + "".join(f"{row_label(row):>{cell}}" for row in rows))
     for name in names:
-        values = [row["per_class_iou"][name] for row in rows]
+        values = [row["per_class_iou"].get(name) for row in rows]
         print(f"{name:<{width}}" + "".join(f"{'-' if value is None else f'{value:.1f}':>{cell}}" for value in values))
     for title, key, digits in (("mIoU", "miou", 1), ("pixel accuracy", "pixel_accuracy", 1), ("seconds/image", "seconds_per_image", 3)):
         print(f"{title:<{width}}" + "".join(f"{row[key]:>{cell}.{digits}f}" for row in rows))
@@ -758,8 +759,6 @@ def evaluate(dataset, short_side, methods, rules, texts, anyup, tallies, maps, a
         if k < shown:
             sheet.append(row)
     progress.close()
-    if failures == len(mine) > 0 and not any(tally.done for tally in tallies):
-        raise RunFailed(f"none of the pictures of {dataset.name} could be read")
     if sheet:
         titles = ["picture"] + ["labels"] * (dataset.masks is not None) + [method.title + method.label.removeprefix(method.name) for method in methods]
         save_picture(contact_sheet(sheet, titles, classes), maps / "sheet.png")
@@ -813,7 +812,9 @@ def check_flags(args):
 def main(args):
     check_flags(args)
     if args.results:
-        return show([row for path in args.results for row in read_results(path)], args)
+        rows = [row for path in args.results for row in read_results(path)]
+        print_results(rows)
+        return show(rows, args)
     datasets = open_datasets(args)
     if args.check_data:
         if sum(check_data(dataset, args) for dataset in datasets):
@@ -829,6 +830,8 @@ def main(args):
         check_masks(dataset, args, runtime)
     runtime.barrier()
     settings = protocol_settings(args, runtime, methods, anyup)
+    if args.random_init and runtime.rank == 0:
+        print("RANDOM WEIGHTS (--random-init): times mean something, scores and maps do not")
 
     rows, finished = [], []
     for dataset, dataset_rules in zip(datasets, rules):
@@ -852,10 +855,13 @@ def main(args):
             done = sum(len(tally.done) for tally in tallies)
             if done and runtime.rank == 0:
                 print(f"continuing an unfinished run: {done} of {len(tallies) * len(dataset.images)} maps are counted in {args.state}")
-            failures = evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, tallies, maps, args, runtime)
-            runtime.barrier()
+            failures = torch.tensor(evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, tallies, maps, args, runtime), device=runtime.device)
+            if runtime.world > 1:
+                torch.distributed.all_reduce(failures)
             for tally in tallies:
-                tally.read()  # the lines of all processes
+                tally.read()  # the lines of all processes, which have all come here
+            if failures == len(dataset.images):
+                raise RunFailed(f"none of the {len(dataset.images)} pictures of {dataset.name} could be read")
             finished += tallies
             if runtime.rank == 0:
                 if tallies:
@@ -863,7 +869,6 @@ def main(args):
                     print_table(rows[-len(methods):])
                     for method, tally in zip(methods, tallies):
                         warn_of_nonsense(method, tally.confusion, classes)
-                    failures = len(tallies[0].failed)
                 if failures:
                     print(f"{failures} of {len(dataset.images)} pictures could not be read and are left out")
                 if maps:
@@ -878,6 +883,13 @@ def main(args):
     for tally in finished:
         tally.path.unlink(missing_ok=True)
     return None
+
+
+def print_results(rows):
+    """The per-class tables of rows that were read from files."""
+    for key in dict.fromkeys((row["dataset"], row["short_side"]) for row in rows):
+        print(f"\n{key[0]}, {f'short side {key[1]}' if key[1] else 'own size'}", end="")
+        print_table([row for row in rows if (row["dataset"], row["short_side"]) == key])
 
 
 def read_results(path):

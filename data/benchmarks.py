@@ -168,8 +168,6 @@ def read_label_ids(path, size=None):
     try:
         with Image.open(path) as picture:
             ids = np.asarray(picture)
-    except FileNotFoundError:
-        raise RunFailed(f"{path} does not exist, and its picture needs a mask") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
     if ids.ndim != 2:
@@ -212,6 +210,8 @@ def inspect(dataset, index, decode):
         bad_picture = str(error)
     if dataset.masks is not None:
         try:
+            if not dataset.masks[index].is_file():
+                raise RunFailed(f"{dataset.root / dataset.images[index]} has no mask: {dataset.masks[index]} does not exist")
             ids = read_label_ids(dataset.masks[index], size)
             pixels += np.bincount(ids.ravel()[ids.ravel() < 256], minlength=256)
             to_classes(ids, dataset.tables[index], dataset.masks[index])

@@ -214,7 +214,7 @@ def test_check_data_lists_every_problem(own, capsys):
     with pytest.raises(RunFailed):
         run(*own, "--check-data")
     output = capsys.readouterr().out
-    for problem in ("0.png is 10 x 10 pixels .* 70 x 90", "1.png holds labels 9; with 3 classes they go from 0 to 2", "2.png does not exist", "3.png cannot be read", "4 problems", "OUT OF RANGE"):
+    for problem in ("0.png is 10 x 10 pixels .* 70 x 90", "1.png holds labels 9; with 3 classes they go from 0 to 2", "2.png has no mask: .*2.png does not exist", "3.png cannot be read", "4 problems", "OUT OF RANGE"):
         assert re.search(problem, output), problem
 
 
@@ -224,7 +224,7 @@ def test_check_data_lists_every_problem(own, capsys):
     (lambda masks: save(np.full((73, 90), 300, np.uint16), masks / "3.png"), "3.png holds labels 300"),
     (lambda masks: save(np.zeros((73, 90, 3), np.uint8), masks / "3.png"), "3.png has 3 channels"),
     (lambda masks: (masks / "3.png").write_text("no mask"), "3.png cannot be read as a mask"),
-    (lambda masks: (masks / "3.png").unlink(), "3.png does not exist")])
+    (lambda masks: (masks / "3.png").unlink(), "images/3.png has no mask: .*masks/3.png does not exist")])
 def test_bad_masks_stop_before_the_first_picture(own, micro, spoil, message, monkeypatch):
     spoil(own[3])
     monkeypatch.setattr(evaluate_ovs, "evaluate", lambda *_: pytest.fail("the run had begun"))
