@@ -307,8 +307,7 @@ class AnyUp(torch.nn.Module):
             raise RunFailed(f"--upsampler anyup cannot be loaded: {cause[0] if cause else type(error).__name__}. Without network, clone https://github.com/wimmerth/anyup "
                             f"elsewhere, put {checkpoint} of its releases into the clone and give --hub-dir CLONE") from error
         self.digest = hashlib.sha256(b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in self.model.parameters())).hexdigest()
-        self.block = self.model.cross_decode
-        self.model.cross_decode = Keep()
+        self.block, self.model.cross_decode, self.model.rope = self.model.cross_decode, Keep(), InParts(self.model.rope)
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -351,6 +350,20 @@ class AnyUp(torch.nn.Module):
         centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
         low, high = (centres - self.block.window_ratio).clamp(0, 1), (centres + self.block.window_ratio).clamp(0, 1)
         return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
+
+
+class InParts(torch.nn.Module):
+    """AnyUp's positional encoding, some positions at a time: as a whole it is the network's peak of memory."""
+
+    def __init__(self, encode):
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, values, coordinates, part=2 ** 16):
+        encoded = torch.empty_like(values)  # (1, H * W, C)
+        for first in range(0, values.shape[1], part):
+            encoded[:, first:first + part] = self.encode(values[:, first:first + part], coordinates[:, first:first + part])
+        return encoded
 
 
 class Keep(torch.nn.Module):
@@ -586,30 +599,28 @@ def print_summary(rows):
     if len(columns) == 1:
         return
     methods = list(dict.fromkeys(row_label(row) for row in rows))
-    cells = {(row_label(row), row["dataset"], row["short_side"]): f"{row['miou']:.1f}" for row in rows}
-    titles = [name if len(sides) == 1 or len(datasets) == len(columns) else f"{name if len(datasets) > 1 else ''} {side or 'own size'}".strip() for name, side in columns]
+    cells = {(row_label(row), row["dataset"], row["short_side"]): row["miou"] for row in rows}
+    titles = [" ".join([name] * (len(datasets) > 1) + [str(side or "own size")] * (len(sides) > 1 and len(datasets) < len(columns))) for name, side in columns]
     averaged = len(datasets) > 1 and len(datasets) == len(columns)
-    width = max(len("mIoU"), *map(len, methods)) + 2
-    print("\n" + f"{'mIoU':<{width}}" + "".join(f"{title:>{max(10, len(title) + 2)}}" for title in titles + ["average"] * averaged))
+    width, cell = max(map(len, methods)) + 2, max(10, *(len(title) + 2 for title in titles))
+    print("\n" + f"{'mIoU':<{width}}" + "".join(f"{title:>{cell}}" for title in titles + ["average"] * averaged))
     for method in methods:
-        line = [cells.get((method, *column), "-") for column in columns]
-        if averaged:
-            line.append("-" if "-" in line else f"{np.mean([float(value) for value in line]):.1f}")
-        print(f"{method:<{width}}" + "".join(f"{value:>{max(10, len(title) + 2)}}" for value, title in zip(line, titles + ["average"] * averaged)))
+        line = [cells.get((method, *column), float("nan")) for column in columns]
+        print(f"{method:<{width}}" + "".join(f"{'-' if value != value else f'{value:.1f}':>{cell}}" for value in line + [float(np.mean(line))] * averaged))
 
 
 def plot(rows, path):
     """mIoU against milliseconds, a line for each method through its resolutions; where there are several of them, also against resolution.
 
-    Both average over data sets that a method has at the same short side.
+    Both average over the data sets that a method was evaluated on.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    sweep = len({row["short_side"] for row in rows} - {None}) > 1
     points = {}  # method -> short side -> its rows
     for row in rows:
-        points.setdefault(row_label(row), {}).setdefault(row["short_side"], []).append(row)
-    sweep = len({row["short_side"] for row in rows} - {None}) > 1
+        points.setdefault(row_label(row), {}).setdefault(row["short_side"] if sweep else None, []).append(row)
     figure, panels = plt.subplots(1, 1 + sweep, figsize=(6 + 5 * sweep, 4), layout="constrained", squeeze=False)
     for position, (method, by_side) in enumerate(points.items()):
         marks = sorted(by_side.items(), key=lambda item: item[0] or 0)
@@ -630,23 +641,25 @@ def plot(rows, path):
 
 # ---- pictures of the results ---------------------------------------------------------------------------------------------
 
-def palette(count):
-    """Distinct colours: (count, 3) uint8, by golden-ratio steps around the hue circle."""
-    return np.array([[round(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.6, 0.45)[k % 3], (0.95, 0.75, 0.55)[k // 3 % 3])]
-                     for k in range(count)], np.uint8)
-
-
-def palette_picture(labels, count):
-    picture = Image.fromarray(labels.numpy().astype(np.uint8))
+def palette(classes):
+    """Distinct colours by golden-ratio steps around the hue circle, grey for a background, black for what is ignored: (256, 3) uint8."""
     colours = np.zeros((256, 3), np.uint8)
-    colours[:count] = palette(count)
-    picture.putpalette(colours.ravel().tolist())
+    for k in range(len(classes)):
+        colours[k] = [round(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.6, 0.45)[k % 3], (0.95, 0.75, 0.55)[k // 3 % 3])]
+    if classes.background:
+        colours[0] = 90
+    return colours
+
+
+def palette_picture(labels, classes):
+    picture = Image.fromarray(labels.numpy().astype(np.uint8))
+    picture.putpalette(palette(classes).ravel().tolist())
     return picture
 
 
 def overlay_picture(image, labels, classes):
     """The picture under its class colours, with a legend of the classes and their share of the area."""
-    colours = palette(len(classes))
+    colours = palette(classes)
     blend = (0.45 * image.permute(1, 2, 0).numpy() + 0.55 * colours[labels.numpy()]).astype(np.uint8)
     shares = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
     shown = [k for k in shares.argsort(descending=True).tolist() if shares[k] >= 0.001]
@@ -663,10 +676,10 @@ def overlay_picture(image, labels, classes):
 
 def pca_picture(features, size):
     """The first three principal components of L2-normalised features as red, green and blue: (h, w, D) -> a picture of size (H, W)."""
-    flat = torch.nn.functional.normalize(features.flatten(0, 1).float().cpu(), dim=-1)
-    _, _, components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    components = components[:3] * torch.sign(components[:3].sum(1, keepdim=True))
-    scores = (flat - flat.mean(0)) @ components.T  # (h * w, 3)
+    flat = F.normalize(features.flatten(0, 1).float().cpu(), dim=-1)
+    flat = flat - flat.mean(0)
+    components = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)  # (D, 3), the largest first
+    scores = flat @ (components * torch.sign(components.sum(0)))  # (h * w, 3)
     low, high = scores.quantile(0.02, 0), scores.quantile(0.98, 0)
     pixels = ((scores - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(*features.shape[:2], -1)
     return Image.fromarray((255 * pixels).byte().numpy()).resize((size[1], size[0]), Image.BILINEAR)
@@ -674,11 +687,10 @@ def pca_picture(features, size):
 
 def contact_sheet(rows, titles, classes, height=150):
     """Pictures side by side: rows of ((3, H, W) uint8, then label maps (H, W)) under column titles, with a legend below."""
-    colours, font, gap = palette(len(classes)), ImageFont.load_default(13), 4
+    colours, font, gap = palette(classes), ImageFont.load_default(13), 4
     strips = []
     for image, *label_maps in rows:
-        cells = [image.permute(1, 2, 0).numpy()] + [(0.25 * image.permute(1, 2, 0).numpy() + 0.75 * colours[labels.clamp(max=len(classes) - 1).numpy()]).astype(np.uint8)
-                                                    for labels in label_maps]
+        cells = [image.permute(1, 2, 0).numpy()] + [(0.25 * image.permute(1, 2, 0).numpy() + 0.75 * colours[labels.numpy()]).astype(np.uint8) for labels in label_maps]
         strips.append([Image.fromarray(cell).resize((max(1, round(height * cell.shape[1] / cell.shape[0])), height), Image.BILINEAR) for cell in cells])
     width = max(150, *(strip[0].width for strip in strips))
     shown = sorted({k for _, *label_maps in rows for labels in label_maps for k in labels.unique().tolist() if k < len(classes)})
@@ -703,7 +715,7 @@ def save_picture(picture, path):
 
 def save_maps(folder, image_name, image, labels, features, classes):
     """NAME.labels.png (palette PNG of class numbers), NAME.overlay.png and NAME.pca.png."""
-    save_picture(palette_picture(labels, len(classes)), folder / f"{image_name}.labels.png")
+    save_picture(palette_picture(labels, classes), folder / f"{image_name}.labels.png")
     save_picture(overlay_picture(image, labels, classes), folder / f"{image_name}.overlay.png")
     save_picture(pca_picture(features, labels.shape), folder / f"{image_name}.pca.png")
 
@@ -812,7 +824,11 @@ def check_flags(args):
 def main(args):
     check_flags(args)
     if args.results:
-        rows = [row for path in args.results for row in read_results(path)]
+        files = [(Path(path).stem, read_results(path)) for path in args.results]
+        keys = [(row_label(row), row["dataset"], row["short_side"]) for _, rows in files for row in rows]
+        if len(set(keys)) < len(keys):  # the same methods from several runs: told apart by their files
+            files = [(stem, [row | {"method": f"{stem}: {row['method']}"} for row in rows]) for stem, rows in files]
+        rows = [row for _, each in files for row in each]
         print_results(rows)
         return show(rows, args)
     datasets = open_datasets(args)

@@ -347,6 +347,9 @@ def test_sweep_table_and_plots(own, micro, tmp_path, capsys):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sweep.png").read_bytes()
     run("--results", tmp_path / "sweep.json", "--plot", tmp_path / "again.svg")
     assert line in capsys.readouterr().out
+    (tmp_path / "second.json").write_text((tmp_path / "sweep.json").read_text())
+    run("--results", tmp_path / "sweep.json", tmp_path / "second.json")
+    assert "second: sweep" not in (output := capsys.readouterr().out) and "second: sliding-window/24" in output and "sweep: sliding-window/24" in output
     with pytest.raises(RunFailed, match="missing.json does not exist"):
         run("--results", tmp_path / "missing.json")
     (tmp_path / "other.json").write_text("{}")
