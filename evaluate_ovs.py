@@ -783,8 +783,9 @@ def evaluate(dataset, short_side, methods, rules, texts, anyup, tallies, maps, a
 
 def protocol_settings(args, runtime, methods, anyup):
     """What the numbers depend on, apart from the data: for --json, and to know whether an unfinished run is the same one."""
+    hashes = {backbone: weights_hash(backbone) for backbone in {method.backbone for method in methods}}
     return {"checkpoint": args.checkpoint or (None if args.backbone else "runs/spar"), "backbone": methods[0].origin, "random_init": args.random_init,
-            "weights": {method.label: weights_hash(method.backbone) for method in methods}, "window": list(window_of(methods[0].backbone, args)),
+            "weights": {method.label: hashes[method.backbone] for method in methods}, "window": list(window_of(methods[0].backbone, args)),
             "resize": "bilinear without antialiasing on 8 bits, long side at most 2048; sides then resampled to multiples of the patch", "templates": 80,
             "upsampler": args.upsampler, "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest}, "refine": args.refine,
             "lposs": {name: getattr(args, f"lposs_{name}") for name, *_ in LPOSS}, "limit": args.limit, "seed": args.seed, "precision": runtime.precision,
@@ -824,18 +825,15 @@ def check_flags(args):
 def main(args):
     check_flags(args)
     if args.results:
-        files = [(Path(path).stem, read_results(path)) for path in args.results]
-        keys = [(row_label(row), row["dataset"], row["short_side"]) for _, rows in files for row in rows]
-        if len(set(keys)) < len(keys):  # the same methods from several runs: told apart by their files
-            files = [(stem, [row | {"method": f"{stem}: {row['method']}"} for row in rows]) for stem, rows in files]
-        rows = [row for _, each in files for row in each]
+        rows = read_results(args.results)
         print_results(rows)
-        return show(rows, args)
+        show(rows, args)
+        return
     datasets = open_datasets(args)
     if args.check_data:
         if sum(check_data(dataset, args) for dataset in datasets):
             raise RunFailed("the data has the problems listed above")
-        return None
+        return
     if datasets[0].masks is None and (args.json or args.plot):
         raise WrongCall("--json and --plot hold scores, which need --masks")
     runtime = start_runtime(args.device, args.precision, args.seed)
@@ -849,56 +847,60 @@ def main(args):
     if args.random_init and runtime.rank == 0:
         print("RANDOM WEIGHTS (--random-init): times mean something, scores and maps do not")
 
-    rows, finished = [], []
+    rows, tallies = [], []
     for dataset, dataset_rules in zip(datasets, rules):
-        classes = dataset.classes
-        texts = embed_texts(methods[0].backbone, classes.flat)  # the student's text tower is the pre-trained one
+        texts = embed_texts(methods[0].backbone, dataset.classes.flat)  # the student's text tower is the pre-trained one
         for short_side in dataset.short_sides:
-            if runtime.rank == 0:
-                known = f" of the known {dataset.known}" if dataset.known not in (None, len(dataset.images)) else ""
-                print(f"{dataset.name}: {len(dataset.images)} pictures{known}, {len(classes)} classes ({len(classes.flat)} names), "
-                      f"{f'short side {short_side}' if short_side else 'at their own size'}")
-                for rule in dict.fromkeys(dataset_rules):
-                    if rule.threshold or rule.area_threshold:
-                        print(f"background: class probability under {rule.threshold:g} at logit scale {rule.logit_scale:g}, area threshold {rule.area_threshold:g} "
-                              f"({', '.join(method.label for method, each in zip(methods, dataset_rules) if each == rule)})")
             maps = Path(args.save_maps or "runs/maps") if args.save_maps or dataset.masks is None else None
-            if maps and len(datasets) > 1:
-                maps = maps / dataset.name
-            if maps and len(dataset.short_sides) > 1:
-                maps = maps / str(short_side)
-            tallies = [Tally(tally_path(args, settings, dataset, short_side, *pair), len(classes), runtime) for pair in zip(methods, dataset_rules)] if dataset.masks else []
-            done = sum(len(tally.done) for tally in tallies)
-            if done and runtime.rank == 0:
-                print(f"continuing an unfinished run: {done} of {len(tallies) * len(dataset.images)} maps are counted in {args.state}")
-            failures = torch.tensor(evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, tallies, maps, args, runtime), device=runtime.device)
+            if maps:
+                maps = maps.joinpath(*[dataset.name] * (len(datasets) > 1), *[str(short_side)] * (len(dataset.short_sides) > 1))
+            each = [] if dataset.masks is None else [
+                Tally(tally_path(args, settings, dataset, short_side, *pair), len(dataset.classes), runtime) for pair in zip(methods, dataset_rules)]
+            announce(dataset, short_side, methods, dataset_rules, each, args, runtime)
+            failures = torch.tensor(evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, each, maps, args, runtime), device=runtime.device)
             if runtime.world > 1:
-                torch.distributed.all_reduce(failures)
-            for tally in tallies:
-                tally.read()  # the lines of all processes, which have all come here
+                torch.distributed.all_reduce(failures)  # all processes have come here, and written their counts
+            if runtime.rank > 0:
+                continue
             if failures == len(dataset.images):
                 raise RunFailed(f"none of the {len(dataset.images)} pictures of {dataset.name} could be read")
-            finished += tallies
-            if runtime.rank == 0:
-                if tallies:
-                    rows += [result_row(method, dataset, short_side, *pair) for method, *pair in zip(methods, dataset_rules, tallies)]
-                    print_table(rows[-len(methods):])
-                    for method, tally in zip(methods, tallies):
-                        warn_of_nonsense(method, tally.confusion, classes)
-                if failures:
-                    print(f"{failures} of {len(dataset.images)} pictures could not be read and are left out")
-                if maps:
-                    print(f"maps in {maps}, the first {min(SHEET_ROWS, len(dataset.images))} side by side in {maps / 'sheet.png'}")
+            if each:
+                for tally in each:
+                    tally.read()
+                rows += [result_row(method, dataset, short_side, *pair) for method, *pair in zip(methods, dataset_rules, each)]
+                print_table(rows[-len(methods):])
+                for method, tally in zip(methods, each):
+                    warn_of_nonsense(method, tally.confusion, dataset.classes)
+            if failures:
+                print(f"{failures} of {len(dataset.images)} pictures could not be read and are left out")
+            if maps:
+                print(f"maps in {maps}, the first {min(SHEET_ROWS, len(dataset.images))} side by side in {maps / 'sheet.png'}")
+            tallies += each
     if runtime.rank > 0:
-        return None
+        return
     if args.json:
         write_json(args.json, {"dataset": args.dataset or datasets[0].name, "results": rows, "settings": settings | {
             "device": str(runtime.device), "processes": runtime.world, "short_side": args.short_side,
             "classes": {dataset.name: dataset.classes.names for dataset in datasets}, "names_sha256": {dataset.name: text_hash(dataset.classes.names) for dataset in datasets}}})
     show(rows, args)
-    for tally in finished:
+    for tally in tallies:
         tally.path.unlink(missing_ok=True)
-    return None
+
+
+def announce(dataset, short_side, methods, rules, tallies, args, runtime):
+    """What is about to run, and by which thresholds."""
+    if runtime.rank > 0:
+        return
+    known = f" of the known {dataset.known}" if dataset.known not in (None, len(dataset.images)) else ""
+    print(f"{dataset.name}: {len(dataset.images)} pictures{known}, {len(dataset.classes)} classes ({len(dataset.classes.flat)} names), "
+          f"{f'short side {short_side}' if short_side else 'at their own size'}")
+    for rule in dict.fromkeys(rules):
+        if rule.threshold or rule.area_threshold:
+            print(f"background: class probability under {rule.threshold:g} at logit scale {rule.logit_scale:g}, area threshold {rule.area_threshold:g} "
+                  f"({', '.join(method.label for method, each in zip(methods, rules) if each == rule)})")
+    done = sum(len(tally.done) for tally in tallies)
+    if done:
+        print(f"continuing an unfinished run: {done} of {len(tallies) * len(dataset.images)} maps are counted in {args.state}")
 
 
 def print_results(rows):
@@ -908,13 +910,20 @@ def print_results(rows):
         print_table([row for row in rows if (row["dataset"], row["short_side"]) == key])
 
 
-def read_results(path):
-    """The rows of a file that --json wrote. Raises RunFailed."""
-    report = read_json(path, "evaluate_ovs.py --json")
-    try:
-        return [dict(row) for row in report["results"] if row["miou"] + row["seconds_per_image"] >= 0 and {"dataset", "refine", "upsampler", "short_side"} <= row.keys()]
-    except (KeyError, TypeError):
-        raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json") from None
+def read_results(paths):
+    """The rows of files that --json wrote; where methods repeat, their files' names come first. Raises RunFailed."""
+    files = {}
+    for path in paths:
+        report = read_json(path, "evaluate_ovs.py --json")
+        try:
+            files[Path(path).stem] = [row for row in report["results"] if row["miou"] + row["seconds_per_image"] >= 0 and
+                                      {"dataset", "refine", "upsampler", "short_side"} <= row.keys()]
+        except (KeyError, TypeError):
+            raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json") from None
+    rows = [row for each in files.values() for row in each]
+    if len({(row_label(row), row["dataset"], row["short_side"]) for row in rows}) < len(rows):
+        rows = [row | {"method": f"{stem}: {row['method']}"} for stem, each in files.items() for row in each]
+    return rows
 
 
 def show(rows, args):
