@@ -20,7 +20,8 @@ import argparse
 LPOSS = [("k", 400, "neighbours of a patch by its features, itself included"), ("gamma", 3.0, "power of a neighbour's cosine similarity"),
          ("sigma", 0.01, "decay per pixel of distance; smaller spreads labels further"), ("power", 1.0, "power of the distance"),
          ("alpha", 0.95, "weight of the neighbours against the patch's own similarities, under 1"),
-         ("steps", 10, "of conjugate gradients, which are not run to convergence"), ("tau", 0.01, "lposs+: scale of colour differences, Lab / (100, 128, 128)"),
+         ("steps", 10, "of conjugate gradients, which are not run to convergence"),
+         ("tau", 0.01, "lposs+: scale of colour differences, Lab / (100, 128, 128)"),
          ("reach", 6, "lposs+: pixels to each side that a pixel is joined with")]
 
 
@@ -31,9 +32,11 @@ def parse_args(argv=None):
     add("--backbone", help="evaluate this pre-trained model instead: tiny, openclip, hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG")
     add("--random-init", action="store_true", help="the architecture (and AnyUp's) without weights, for timing and tests")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
-    add("--stride", "--strides", type=int, nargs="+", metavar="N", help="pixels between sliding windows; several give several rows (default: half the window, and 24)")
+    add("--stride", "--strides", type=int, nargs="+", metavar="N",
+        help="pixels between sliding windows; several give several rows (default: half the window, and 24)")
     add("--window", type=int, metavar="N", help="side of the sliding window in pixels (default: the size that the backbone was trained on)")
-    add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, pre-trained sliding window and student in one table (default: on for the demo)")
+    add("--compare", action=argparse.BooleanOptionalAction,
+        help="pre-trained single pass, pre-trained sliding window and student in one table (default: on for the demo)")
     add = parser.add_argument_group("on what").add_argument
     add("--dataset", choices=["demo", "voc21", "voc20", "cityscapes", "ade20k", "context60", "context59", "all"], metavar="NAME",
         help="demo (default, unless --images is given), voc21, voc20, cityscapes, ade20k, context60, context59, or all six benchmarks")
@@ -41,35 +44,39 @@ def parse_args(argv=None):
     add("--check-data", action="store_true", help="only look at the files: counts, pairs, sizes, label ids")
     add("--images", metavar="PATH", help="own pictures: a folder, searched recursively, or one file")
     add("--masks", metavar="DIR", help="label masks of --images: PNG files of the same relative names, one channel of class numbers, 255 is ignored")
-    add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between synonyms, the first line is label 0; or \"cat, grass | lawn, sky\"; "
-        "with --dataset: other names for its classes")
-    add("--background", metavar="WORDS", help="own pictures: a class 0 before --classes for everything else, with what that may be: \"wall, floor, road\"")
+    add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between synonyms, the first line is label 0; "
+        "or \"cat, grass | lawn, sky\"; with --dataset: other names for its classes")
+    add("--background", metavar="WORDS",
+        help="own pictures: a class 0 before --classes for everything else, with what that may be: \"wall, floor, road\"")
     add("--limit", type=int, metavar="N", help="the first N pictures only")
     add = parser.add_argument_group("how").add_argument
-    add("--short-side", type=int, nargs="+", metavar="N", help="resize pictures before inference so that the short side has N pixels, the long one at most 2048; several "
-        "make a sweep over resolutions (default: the benchmark's, 672 mostly; own pictures: as they are)")
-    add("--upsampler", nargs="+", choices=["bilinear", "anyup"], default=["bilinear"], help="of class similarities to pixels; both give two rows each. anyup (single pass "
-        "only) takes its code and weights from torch.hub")
-    add("--hub-dir", metavar="DIR", help="a clone of github.com/wimmerth/anyup to use instead of the network, with the checkpoint beside its hubconf.py")
-    add("--anyup-model", choices=["anyup_multi_backbone", "anyup"], default="anyup_multi_backbone", help="which published AnyUp weights (%(default)s: trained on several encoders)")
-    add("--refine", nargs="+", choices=["none", "lposs", "lposs+"], default=["none"], help="label propagation over patches (lposs) and then over pixels (lposs+); several "
-        "give several rows. Thresholds are for cosine similarities and do not apply")
+    add("--short-side", type=int, nargs="+", metavar="N", help="resize pictures before inference so that the short side has N pixels, the long one "
+        "at most 2048; several make a sweep over resolutions (default: the benchmark's, 672 mostly; own pictures: as they are)")
+    add("--upsampler", nargs="+", choices=["bilinear", "anyup"], default=["bilinear"], help="of class similarities to pixels; both give two rows each. "
+        "anyup, for the single pass only, takes its code and weights from torch.hub and a minute a picture on a CPU")
+    add("--hub-dir", metavar="DIR", help="a clone of github.com/wimmerth/anyup to use instead of the network, with the checkpoint beside hubconf.py")
+    add("--anyup-model", choices=["anyup_multi_backbone", "anyup"], default="anyup_multi_backbone",
+        help="which published AnyUp weights (%(default)s: trained on several encoders)")
+    add("--refine", nargs="+", choices=["none", "lposs", "lposs+"], default=["none"], help="label propagation over patches (lposs) and then over "
+        "pixels (lposs+); several give several rows. Thresholds of benchmarks are for cosine similarities and do not apply")
     for name, default, text in LPOSS:
         add(f"--lposs-{name}", type=type(default), default=default, metavar="X", help=f"{text} (%(default)s)")
-    add("--logit-scale", type=float, metavar="X", help="of cosine similarities in the softmax that --prob-threshold looks at (default: the benchmark's, else 40)")
-    add("--prob-threshold", type=float, metavar="P", help="pixels whose best class is less probable become background (default: the benchmark's, else 0)")
-    add("--area-threshold", type=float, metavar="P", help="classes that win no larger share of the foreground are left out (default: the benchmark's, else 0)")
+    add("--logit-scale", type=float, metavar="X", help="of similarities in the softmax that --prob-threshold looks at (default: the benchmark's, else 40)")
+    add("--prob-threshold", type=float, metavar="P", help="less probable pixels become background (default: the benchmark's, else 0)")
+    add("--area-threshold", type=float, metavar="P", help="classes that win no more of the foreground are left out (default: the benchmark's, else 0)")
     add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s)")
     add = parser.add_argument_group("what to write").add_argument
     add("--json", metavar="FILE", help="write the results with every setting to FILE")
     add("--plot", metavar="FILE", help="mIoU against resolution and against time (.png, .pdf, .svg)")
     add("--results", metavar="FILE", nargs="+", help="evaluate nothing: the tables and --plot of files that --json wrote, together")
-    add("--save-maps", metavar="DIR", help="write label maps, overlays with a legend, PCA pictures and a contact sheet to DIR (own pictures without masks: runs/maps)")
+    add("--save-maps", metavar="DIR",
+        help="write label maps, overlays with a legend, PCA pictures and a contact sheet to DIR (own pictures without masks: runs/maps)")
     add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished run are kept (%(default)s)")
     add = parser.add_argument_group("with what").add_argument
     add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+        help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
     add("--seed", type=int, default=0, help="of random weights (%(default)s)")
     return parser.parse_args(argv)
 
@@ -96,11 +103,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import (DEMO, IGNORE, Classes, Rule, RunFailed, Stitcher, WrongCall, append_json_line, atomic_path, bilinear_strips, check_window, command_line,
-                    dense_features, embed_texts, encode_windows, fit_to_patches, label_map, list_images, load_backbone, prefetch, prepare,
-                    read_classes, read_json, read_json_lines, resize_short_side, single_pass_similarities, sliding_window_similarities,
+from common import (DEMO, IGNORE, Classes, Rule, RunFailed, Stitcher, WrongCall, append_json_line, atomic_path, bilinear_strips, check_window,
+                    command_line, dense_features, embed_texts, encode_windows, fit_to_patches, label_map, list_images, load_backbone, prefetch,
+                    prepare, read_classes, read_json, read_json_lines, resize_short_side, single_pass_similarities, sliding_window_similarities,
                     start_runtime, stitched_features, weights_hash, window_starts, write_json, write_json_lines)
-from data.benchmarks import BENCHMARKS, Dataset, benchmark_classes, benchmark_files, benchmark_rule, check_data, check_masks, label_table, load_sample
+from data.benchmarks import (BENCHMARKS, Dataset, benchmark_classes, benchmark_files, benchmark_rule, check_data, check_masks, label_table,
+                             load_sample)
 
 SHEET_ROWS = 6  # pictures in the contact sheet
 
@@ -129,14 +137,15 @@ def open_datasets(args):
             if len(own) != len(classes):
                 raise WrongCall(f"--classes {args.classes} lists {len(own)} classes, but the demo has {len(classes)}; name own pictures with --images")
             classes = own
-        return [with_masks("demo", DEMO / "test" / "images", list_images(DEMO / "test" / "images")[:args.limit], DEMO / "test" / "masks", classes, sides)]
+        root = DEMO / "test" / "images"
+        return [with_masks("demo", root, list_images(root)[:args.limit], DEMO / "test" / "masks", classes, sides)]
     if args.classes and args.dataset == "all":
         raise WrongCall("--classes renames the classes of one --dataset, not of all")
     datasets = []
     for name in BENCHMARKS if args.dataset == "all" else [args.dataset]:
         root, *files = benchmark_files(name, args.data_root)
-        datasets.append(Dataset(name, root, *(each[:args.limit] for each in files), benchmark_classes(name, args.classes), sides or [BENCHMARKS[name].short_side],
-                                BENCHMARKS[name].layout.count))
+        datasets.append(Dataset(name, root, *(each[:args.limit] for each in files), benchmark_classes(name, args.classes),
+                                sides or [BENCHMARKS[name].short_side], BENCHMARKS[name].layout.count))
     return datasets
 
 
@@ -196,7 +205,8 @@ def patch_graph(features, centres, k, gamma, sigma, power, values=2 ** 24):
     owners = torch.arange(count, device=features.device).repeat_interleave(k)
     weights[owners == neighbours] = 0
     edges = torch.stack([torch.cat([owners, neighbours]), torch.cat([neighbours, owners])])
-    graph = torch.sparse_coo_tensor(edges, torch.cat([weights, weights]), (count, count), check_invariants=False).coalesce()  # mutual neighbours: the sum of both
+    graph = torch.sparse_coo_tensor(edges, torch.cat([weights, weights]), (count, count), check_invariants=False)
+    graph = graph.coalesce()  # mutual neighbours get the sum of both weights
     (rows, columns), weights = graph.indices(), graph.values()
     degrees = torch.zeros(count, device=features.device).index_add_(0, rows, weights)
     scale = torch.where(degrees > 0, degrees, 1).rsqrt()
@@ -286,7 +296,7 @@ class AnyUp(torch.nn.Module):
     """Guided upsampling of similarities by the published code and weights, of which only the attention is computed differently.
 
     The published attention masks each pixel to a tenth of the picture around it with a matrix of pixels x patches (17 GB at 1024 x 2048); here
-    each tile of pixels meets only the patches that its mask lets through. Memory goes with the number of pixels, mostly that of its encoders.
+    each tile of pixels meets only the patches that its mask lets through. What remains is the encoders' memory, 3 kB a pixel, in fp32.
     """
 
     def __init__(self, args, device):
@@ -304,10 +314,13 @@ class AnyUp(torch.nn.Module):
                 self.model.load_state_dict(torch.load(local, map_location=device, weights_only=True))
         except Exception as error:  # torch.hub and the code it loads raise many types
             cause = str(error).strip().splitlines()
-            raise RunFailed(f"--upsampler anyup cannot be loaded: {cause[0] if cause else type(error).__name__}. Without network, clone https://github.com/wimmerth/anyup "
-                            f"elsewhere, put {checkpoint} of its releases into the clone and give --hub-dir CLONE") from error
+            raise RunFailed(f"--upsampler anyup cannot be loaded: {cause[0] if cause else type(error).__name__}. Without network, clone "
+                            f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of its releases into the clone and give --hub-dir CLONE") from error
         self.digest = hashlib.sha256(b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in self.model.parameters())).hexdigest()
         self.block, self.model.cross_decode, self.model.rope = self.model.cross_decode, Keep(), InParts(self.model.rope)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.SiLU):
+                module.inplace = True  # all of them follow a normalisation, whose output nobody else needs
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -318,7 +331,8 @@ class AnyUp(torch.nn.Module):
         queries, keys, values = self.model(guide[None], similarities.permute(2, 0, 1)[None], tuple(size))  # (1, C, H, W), (1, C, h, w), (1, N, h, w)
         attention, (height, width) = self.block.cross_attn, keys.shape[-2:]
         heads, channels = attention.attention.num_heads, queries.shape[1]
-        (query_weight, key_weight, _), (query_bias, key_bias, _) = attention.attention.in_proj_weight.chunk(3), attention.attention.in_proj_bias.chunk(3)
+        projection = attention.attention
+        (query_weight, key_weight, _), (query_bias, key_bias, _) = projection.in_proj_weight.chunk(3), projection.in_proj_bias.chunk(3)
         keys = F.linear(attention.norm_k(keys[0].permute(1, 2, 0)), key_weight, key_bias).unflatten(-1, (heads, -1))  # (h, w, heads, C')
         values = values[0].permute(1, 2, 0)  # (h, w, N)
         rows, columns = (self.reach(inputs, outputs) for inputs, outputs in zip((height, width), size))
@@ -330,7 +344,7 @@ class AnyUp(torch.nn.Module):
             allowed = [((index >= near[:, :1]) & (index < near[:, 1:])).to(projected.device) for index, near in zip(patches, (near_rows, near_columns))]
             mask = (allowed[0][:, None, :, None] & allowed[1][None, :, None, :]).flatten(0, 1).flatten(1)  # (pixels, patches)
             some = keys[used[0], used[1]].flatten(0, 1)  # (patches, heads, C')
-            scores = torch.einsum("qhc,khc->hqk", projected.flatten(0, 1).unflatten(-1, (heads, -1)) * (channels // heads) ** -0.5, some)
+            scores = torch.einsum("qhc,khc->hqk", projected.flatten(0, 1).unflatten(-1, (heads, -1)), some) * (channels // heads) ** -0.5
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)
             return (weights @ values[used[0], used[1]].flatten(0, 1)).unflatten(0, projected.shape[:2])  # (rows, columns, N)
 
@@ -388,7 +402,7 @@ class Method:
 
     @property
     def label(self):
-        return self.name + (f" +{self.refine}" if self.refine != "none" else "") + (f" +{self.upsampler}" if self.upsampler != "bilinear" else "")
+        return label_of(self.name, self.refine, self.upsampler)
 
     @torch.no_grad()
     def predict(self, image, size, classes, texts, rule, anyup, args, runtime):
@@ -399,14 +413,18 @@ class Method:
                 similarities = propagate_pixels(fit_to_patches(image, self.backbone.patch).to(similarities.device), similarities, args)
             similarities, classes = best_synonyms(similarities, classes), Classes([[title] for title in classes.titles], classes.background)
         elif self.stride:
-            similarities = sliding_window_similarities(self.backbone, image, texts, size, window_of(self.backbone, args), self.stride, args.batch_size, runtime.autocast)
+            similarities = sliding_window_similarities(self.backbone, image, texts, size, window_of(self.backbone, args), self.stride, args.batch_size,
+                                                       runtime.autocast)
         else:
             similarities = single_pass_similarities(self.backbone, image, texts, runtime.autocast)
-        strips = anyup.strips(fit_to_patches(image, self.backbone.patch), similarities, size) if self.upsampler == "anyup" else bilinear_strips(similarities, size)
+        if self.upsampler == "anyup":
+            strips = anyup.strips(fit_to_patches(image, self.backbone.patch), similarities, size)
+        else:
+            strips = bilinear_strips(similarities, size)
         return label_map(strips, size, classes, rule).cpu()  # so the device has finished
 
     def propagated(self, image, size, texts, args, runtime):
-        """LPOSS over the patches of the single pass, (h, w, N); of sliding windows over those of all windows in one graph, then stitched, (*size, N)."""
+        """LPOSS over the patches of the single pass, (h, w, N); or over those of all windows in one graph, and then stitched, (*size, N)."""
         backbone = self.backbone
         picture = prepare(backbone, image)
         window = window_of(backbone, args) if self.stride else picture.shape[-2:]
@@ -414,7 +432,8 @@ class Method:
         maps = Collected()
         encode_windows(backbone, [picture], [maps], window, stride, args.batch_size, runtime.autocast, lambda each: F.normalize(each, dim=-1))
         maps = torch.cat(maps)  # (n, i, j, D)
-        corners = torch.tensor([(top, left) for top in window_starts(picture.shape[-2], window[0], stride) for left in window_starts(picture.shape[-1], window[1], stride)])
+        starts = [window_starts(length, side, stride) for length, side in zip(picture.shape[-2:], window)]
+        corners = torch.cartesian_prod(*map(torch.tensor, starts))  # (n, 2), in reading order
         cells = torch.stack(torch.meshgrid(*(torch.arange(side) for side in maps.shape[1:3]), indexing="ij"), -1)  # (i, j, 2)
         centres = (corners[:, None, None] + backbone.patch * cells + backbone.patch / 2).to(maps.device)  # (n, i, j, 2)
         flat = maps.flatten(0, 2)
@@ -432,6 +451,11 @@ class Method:
         with torch.no_grad():
             return stitched_features(self.backbone, [prepare(self.backbone, image)], window_of(self.backbone, args), self.stride, args.batch_size,
                                      runtime.autocast)[0]
+
+
+def label_of(name, refine, upsampler):
+    """What a row is called: "spar", "spar +lposs", "single-pass +anyup" ..."""
+    return " ".join([name] + [f"+{refine}"] * (refine != "none") + [f"+{upsampler}"] * (upsampler != "bilinear"))
 
 
 class Collected(list):
@@ -500,8 +524,8 @@ def rule_of(method, dataset, args):
     if rule.logit_scale <= 0 or not (0 <= rule.threshold < 1 and 0 <= rule.area_threshold < 1):
         raise WrongCall("--logit-scale must be positive, --prob-threshold and --area-threshold from 0 to under 1")
     if (rule.threshold or rule.area_threshold) and not dataset.classes.background:
-        raise WrongCall(f"--prob-threshold and --area-threshold send pixels to a background class, and {dataset.name} has none; give --background WORDS, "
-                        "or a first class called background")
+        raise WrongCall(f"--prob-threshold and --area-threshold send pixels to a background class, and {dataset.name} has none; "
+                        "give --background WORDS, or a first class called background")
     return rule
 
 
@@ -560,14 +584,15 @@ class Tally:
 def result_row(method, dataset, short_side, rule, tally):
     """One entry of the JSON's results."""
     iou, miou, accuracy = scores(tally.confusion)
-    return {"dataset": dataset.name, "method": method.name, "refine": method.refine, "upsampler": method.upsampler, "short_side": short_side, "miou": miou,
-            "pixel_accuracy": accuracy, "images": len(tally.done), "unreadable": sorted(tally.failed), "seconds_per_image": float(np.mean(tally.seconds)),
+    return {"dataset": dataset.name, "method": method.name, "refine": method.refine, "upsampler": method.upsampler, "short_side": short_side,
+            "miou": miou, "pixel_accuracy": accuracy, "images": len(tally.done), "unreadable": sorted(tally.failed),
+            "seconds_per_image": float(np.mean(tally.seconds)),
             "logit_scale": rule.logit_scale, "prob_threshold": rule.threshold, "area_threshold": rule.area_threshold,
             "per_class_iou": {title: None if value != value else value for title, value in zip(dataset.classes.titles, iou.tolist())}}
 
 
 def row_label(row):
-    return row["method"] + (f" +{row['refine']}" if row["refine"] != "none" else "") + (f" +{row['upsampler']}" if row["upsampler"] != "bilinear" else "")
+    return label_of(row["method"], row["refine"], row["upsampler"])
 
 
 def print_table(rows):
@@ -587,7 +612,7 @@ def warn_of_nonsense(method, confusion, classes):
     _, _, accuracy = scores(confusion)
     share, winner = (confusion.sum(0) / confusion.sum()).max(0)
     if len(classes) > 2 and accuracy < 200 / len(classes):
-        print(f"warning: {method.label}: pixel accuracy {accuracy:.1f} % is less than twice that of guessing; are the class names in the order of the labels?")
+        print(f"warning: {method.label}: pixel accuracy {accuracy:.1f} % is less than twice that of guessing; are the class names in the labels' order?")
     if share > 0.9 and confusion.sum(1).max() < 0.9 * confusion.sum():
         print(f"warning: {method.label}: {100 * share:.0f} % of all pixels became '{classes.titles[winner]}'")
 
@@ -600,13 +625,15 @@ def print_summary(rows):
         return
     methods = list(dict.fromkeys(row_label(row) for row in rows))
     cells = {(row_label(row), row["dataset"], row["short_side"]): row["miou"] for row in rows}
-    titles = [" ".join([name] * (len(datasets) > 1) + [str(side or "own size")] * (len(sides) > 1 and len(datasets) < len(columns))) for name, side in columns]
+    by_side = len(sides) > 1 and len(datasets) < len(columns)
+    titles = [" ".join([name] * (len(datasets) > 1) + [str(side or "own size")] * by_side) for name, side in columns]
     averaged = len(datasets) > 1 and len(datasets) == len(columns)
     width, cell = max(map(len, methods)) + 2, max(10, *(len(title) + 2 for title in titles))
     print("\n" + f"{'mIoU':<{width}}" + "".join(f"{title:>{cell}}" for title in titles + ["average"] * averaged))
     for method in methods:
         line = [cells.get((method, *column), float("nan")) for column in columns]
-        print(f"{method:<{width}}" + "".join(f"{'-' if value != value else f'{value:.1f}':>{cell}}" for value in line + [float(np.mean(line))] * averaged))
+        line += [float(np.mean(line))] * averaged
+        print(f"{method:<{width}}" + "".join(f"{'-' if value != value else f'{value:.1f}':>{cell}}" for value in line))
 
 
 def plot(rows, path):
@@ -690,7 +717,8 @@ def contact_sheet(rows, titles, classes, height=150):
     colours, font, gap = palette(classes), ImageFont.load_default(13), 4
     strips = []
     for image, *label_maps in rows:
-        cells = [image.permute(1, 2, 0).numpy()] + [(0.25 * image.permute(1, 2, 0).numpy() + 0.75 * colours[labels.numpy()]).astype(np.uint8) for labels in label_maps]
+        pixels = image.permute(1, 2, 0).numpy()
+        cells = [pixels] + [(0.25 * pixels + 0.75 * colours[labels.numpy()]).astype(np.uint8) for labels in label_maps]
         strips.append([Image.fromarray(cell).resize((max(1, round(height * cell.shape[1] / cell.shape[0])), height), Image.BILINEAR) for cell in cells])
     width = max(150, *(strip[0].width for strip in strips))
     shown = sorted({k for _, *label_maps in rows for labels in label_maps for k in labels.unique().tolist() if k < len(classes)})
@@ -786,10 +814,11 @@ def protocol_settings(args, runtime, methods, anyup):
     hashes = {backbone: weights_hash(backbone) for backbone in {method.backbone for method in methods}}
     return {"checkpoint": args.checkpoint or (None if args.backbone else "runs/spar"), "backbone": methods[0].origin, "random_init": args.random_init,
             "weights": {method.label: hashes[method.backbone] for method in methods}, "window": list(window_of(methods[0].backbone, args)),
-            "resize": "bilinear without antialiasing on 8 bits, long side at most 2048; sides then resampled to multiples of the patch", "templates": 80,
-            "upsampler": args.upsampler, "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest}, "refine": args.refine,
-            "lposs": {name: getattr(args, f"lposs_{name}") for name, *_ in LPOSS}, "limit": args.limit, "seed": args.seed, "precision": runtime.precision,
-            "torch": torch.__version__, "open_clip": open_clip.__version__, "timm": timm.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+            "resize": "bilinear without antialiasing on 8 bits, long side at most 2048; sides then resampled to multiples of the patch",
+            "templates": 80, "upsampler": args.upsampler, "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest},
+            "refine": args.refine, "lposs": {name: getattr(args, f"lposs_{name}") for name, *_ in LPOSS}, "limit": args.limit, "seed": args.seed,
+            "precision": runtime.precision, "torch": torch.__version__, "open_clip": open_clip.__version__, "timm": timm.__version__,
+            "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def text_hash(value):
@@ -799,7 +828,8 @@ def text_hash(value):
 def tally_path(args, settings, dataset, short_side, method, rule):
     """The file of a run's counts, whose name changes with everything that they depend on, the files' sizes included."""
     files = [(str(path), path.stat().st_size if path.exists() else 0) for path in [*(dataset.root / image for image in dataset.images), *dataset.masks]]
-    settings = settings | {"weights": settings["weights"][method.label], "refine": method.refine, "upsampler": method.upsampler}  # other rows may come and go
+    # other rows may come and go
+    settings = settings | {"weights": settings["weights"][method.label], "refine": method.refine, "upsampler": method.upsampler}
     key = text_hash([settings, dataset.classes.names, short_side, method.label, [rule.logit_scale, rule.threshold, rule.area_threshold], files])[:12]
     return Path(args.state) / f"{Path(dataset.name).name}-{method.label.replace('/', '-').replace(' ', '')}-{short_side or 'own'}-{key}.jsonl"
 
@@ -857,7 +887,8 @@ def main(args):
             each = [] if dataset.masks is None else [
                 Tally(tally_path(args, settings, dataset, short_side, *pair), len(dataset.classes), runtime) for pair in zip(methods, dataset_rules)]
             announce(dataset, short_side, methods, dataset_rules, each, args, runtime)
-            failures = torch.tensor(evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, each, maps, args, runtime), device=runtime.device)
+            failures = evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, each, maps, args, runtime)
+            failures = torch.tensor(failures, device=runtime.device)
             if runtime.world > 1:
                 torch.distributed.all_reduce(failures)  # all processes have come here, and written their counts
             if runtime.rank > 0:
@@ -881,7 +912,8 @@ def main(args):
     if args.json:
         write_json(args.json, {"dataset": args.dataset or datasets[0].name, "results": rows, "settings": settings | {
             "device": str(runtime.device), "processes": runtime.world, "short_side": args.short_side,
-            "classes": {dataset.name: dataset.classes.names for dataset in datasets}, "names_sha256": {dataset.name: text_hash(dataset.classes.names) for dataset in datasets}}})
+            "classes": {dataset.name: dataset.classes.names for dataset in datasets},
+            "names_sha256": {dataset.name: text_hash(dataset.classes.names) for dataset in datasets}}})
     show(rows, args)
     for tally in tallies:
         tally.path.unlink(missing_ok=True)

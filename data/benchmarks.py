@@ -96,7 +96,8 @@ def benchmark_classes(name, source=None):
     benchmark = BENCHMARKS[name]
     classes = read_classes(source or CLASS_FILES / f"{name}.txt")
     if len(classes) != benchmark.classes:
-        raise WrongCall(f"--classes {source} lists {len(classes)} classes, but --dataset {name} has {benchmark.classes}; data/classes/{name}.txt shows their order")
+        raise WrongCall(f"--classes {source} lists {len(classes)} classes, but --dataset {name} has {benchmark.classes}; "
+                        f"data/classes/{name}.txt shows their order")
     return Classes(classes.names, benchmark.background)
 
 
@@ -225,8 +226,8 @@ def check_masks(dataset, args, runtime):
     if dataset.masks is None:
         return
     mine = range(runtime.rank, len(dataset.masks), runtime.world)
-    for _, bad_mask, _ in tqdm(prefetch(lambda k: inspect(dataset, k, decode=False), mine, args.workers), total=len(mine), desc=f"masks of {dataset.name}",
-                               unit="mask", leave=False, disable=runtime.rank > 0):
+    inspections = prefetch(lambda k: inspect(dataset, k, decode=False), mine, args.workers)
+    for _, bad_mask, _ in tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask", leave=False, disable=runtime.rank > 0):
         if bad_mask:
             raise RunFailed(f"{bad_mask} (--check-data lists all such files)")
 
@@ -243,16 +244,17 @@ def check_data(dataset, args):
         pixels += counts
         files += counts > 0
     known = f" of the known {dataset.known}" if dataset.known else ""
-    print(f"\n{dataset.name}: {len(dataset.images)}{known} pictures in {dataset.root}, {len(dataset.classes)} classes ({len(dataset.classes.flat)} names)")
+    classes = dataset.classes
+    print(f"\n{dataset.name}: {len(dataset.images)}{known} pictures in {dataset.root}, {len(classes)} classes ({len(classes.flat)} names)")
     if dataset.masks is not None:
+        meaning = {IGNORE: "ignored", OUT_OF_RANGE: "OUT OF RANGE"} | dict(enumerate(classes.titles))
         tables = {tuple(table): table for table in dataset.tables}.values()
         print(f"{'label id':>8}  {'pictures':>8}  {'pixels':>7}  class")
         for value in np.flatnonzero(pixels):
-            kinds = {int(table[value]) for table in tables}  # several only where the masks are of several kinds
-            names = " or ".join("ignored" if kind == IGNORE else "OUT OF RANGE" if kind == OUT_OF_RANGE else dataset.classes.titles[kind] for kind in sorted(kinds))
-            print(f"{value:>8}  {files[value]:>8}  {pixels[value] / pixels.sum():>7.2%}  {names}")
+            kinds = sorted({int(table[value]) for table in tables})  # several only where the masks are of several kinds
+            print(f"{value:>8}  {files[value]:>8}  {pixels[value] / pixels.sum():>7.2%}  {' or '.join(meaning[kind] for kind in kinds)}")
         present = {int(table[value]) for table in tables for value in np.flatnonzero(pixels)}
-        absent = [title for k, title in enumerate(dataset.classes.titles) if k not in present]
+        absent = [title for k, title in enumerate(classes.titles) if k not in present]
         if absent:
             print(f"in no mask: {', '.join(absent)}")
     for problem in problems:
