@@ -227,9 +227,10 @@ def check_masks(dataset, args, runtime):
         return
     mine = range(runtime.rank, len(dataset.masks), runtime.world)
     inspections = prefetch(lambda k: inspect(dataset, k, decode=False), mine, args.workers)
-    for _, bad_mask, _ in tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask", leave=False, disable=runtime.rank > 0):
-        if bad_mask:
-            raise RunFailed(f"{bad_mask} (--check-data lists all such files)")
+    with tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask", leave=False, disable=runtime.rank > 0) as progress:
+        problem = next((bad_mask for _, bad_mask, _ in progress if bad_mask), None)
+    if problem:
+        raise RunFailed(f"{problem} (--check-data lists all such files)")
 
 
 def check_data(dataset, args):
