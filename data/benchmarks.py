@@ -173,6 +173,9 @@ def read_label_ids(path, size=None):
         raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
     if ids.ndim != 2:
         raise RunFailed(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")
+    if ids.dtype.kind not in "bui":
+        raise RunFailed(f"{path} holds {ids.dtype} values; a mask holds whole numbers")
+    ids = ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
     if size is not None and ids.shape != tuple(size):
         raise RunFailed(f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but its picture {size[0]} x {size[1]}")
     return ids
@@ -214,7 +217,7 @@ def inspect(dataset, index, decode):
             if not dataset.masks[index].is_file():
                 raise RunFailed(f"{dataset.root / dataset.images[index]} has no mask: {dataset.masks[index]} does not exist")
             ids = read_label_ids(dataset.masks[index], size)
-            pixels += np.bincount(ids.ravel()[ids.ravel() < 256], minlength=256)
+            pixels += np.bincount(ids[(ids >= 0) & (ids < 256)], minlength=256)
             to_classes(ids, dataset.tables[index], dataset.masks[index])
         except RunFailed as error:
             bad_mask = str(error)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate_ovs
 from common import Rule, RunFailed, WrongCall, bilinear_strips, label_map, read_classes, read_json_lines
-from data.benchmarks import BENCHMARKS, benchmark_classes, benchmark_rule
+from data.benchmarks import BENCHMARKS, benchmark_classes, benchmark_rule, label_table, read_label_ids, to_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(70, 100), (90, 64), (64, 64)]
@@ -223,6 +223,8 @@ def test_check_data_lists_every_problem(own, capsys):
     (lambda masks: save(np.full((73, 90), 7, np.uint8), masks / "3.png"), "3.png holds labels 7; with 3 classes they go from 0 to 2"),
     (lambda masks: save(np.full((73, 90), 300, np.uint16), masks / "3.png"), "3.png holds labels 300"),
     (lambda masks: save(np.zeros((73, 90, 3), np.uint8), masks / "3.png"), "3.png has 3 channels"),
+    (lambda masks: Image.fromarray(np.full((73, 90), -4, np.int32)).save(masks / "3.png", "TIFF"), "3.png holds labels -4"),
+    (lambda masks: Image.fromarray(np.zeros((73, 90), np.float32)).save(masks / "3.png", "TIFF"), "3.png holds float32 values"),
     (lambda masks: (masks / "3.png").write_text("no mask"), "3.png cannot be read as a mask"),
     (lambda masks: (masks / "3.png").unlink(), "images/3.png has no mask: .*masks/3.png does not exist")])
 def test_bad_masks_stop_before_the_first_picture(own, micro, spoil, message, monkeypatch):
@@ -250,6 +252,12 @@ def test_wrong_calls(own, micro, flags, message):
 def test_wrong_calls_on_benchmarks(root, micro, flags, error, message):
     with pytest.raises(error, match=message):
         run("--backbone", micro, "--data-root", root, *flags)
+
+
+def test_a_mask_of_one_bit(tmp_path):
+    wanted = np.random.default_rng(0).integers(0, 2, (20, 30)).astype(bool)
+    Image.fromarray(wanted).save(tmp_path / "mask.png")
+    assert (to_classes(read_label_ids(tmp_path / "mask.png"), label_table("plain", 2), "").numpy() == wanted).all()
 
 
 def test_too_many_classes():
