@@ -475,7 +475,8 @@ def window_of(backbone, args):
 
 def open_methods(args, runtime):
     """The rows of the table, from the flags."""
-    compare = args.compare if args.compare is not None else not (args.images or args.inference or args.backbone or args.checkpoint or args.stride)
+    plain_demo = args.dataset in (None, "demo") and not (args.images or args.inference or args.backbone or args.checkpoint or args.stride)
+    compare = plain_demo if args.compare is None else args.compare
     pretrained = student = None
     if args.backbone and args.checkpoint:
         raise WrongCall("--backbone evaluates a pre-trained model and --checkpoint a student; give one of them")

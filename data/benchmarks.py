@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import IGNORE, Classes, Rule, RunFailed, WrongCall, prefetch, read_classes, read_image, resolve_backbone
+from common import BACKBONES, IGNORE, Classes, Rule, RunFailed, WrongCall, prefetch, read_classes, read_image
 
 CLASS_FILES = Path(__file__).resolve().parent / "classes"
 
@@ -102,10 +102,10 @@ def benchmark_classes(name, source=None):
 
 
 def benchmark_rule(name, backbone):
-    """The thresholds for a --backbone value, by any of its spellings: Rule."""
+    """The thresholds for a --backbone value, by its short name or the identifier behind it: Rule."""
     rules = BENCHMARKS[name].rules
     for known, rule in rules.items():
-        if known == backbone or (known != "*" and resolve_backbone(known) == resolve_backbone(backbone)):
+        if BACKBONES.get(known, known) == BACKBONES.get(backbone, backbone):
             return rule
     return rules["*"]
 

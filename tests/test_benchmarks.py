@@ -173,7 +173,8 @@ def test_thresholds_equal_the_literal_protocol(name, backbone):
 
 def test_rules_go_by_the_backbone_however_it_is_spelt():
     assert benchmark_rule("voc21", "ViT-B-16/laion2b_s34b_b88k") == benchmark_rule("voc21", "openclip") == Rule(65, 0.1, 0.1)
-    assert benchmark_rule("voc21", "tiny") == Rule(65) and benchmark_rule("context60", "openclip") == Rule(50, 0.1)
+    assert benchmark_rule("voc21", "a/folder/that/is/gone") == benchmark_rule("voc21", "tiny") == Rule(65)
+    assert benchmark_rule("context60", "openclip") == Rule(50, 0.1)
 
 
 def test_class_files_are_the_benchmarks():
