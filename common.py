@@ -784,6 +784,16 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
     return backbone.to(device).eval().requires_grad_(False)
 
 
+def hub_clone(name, hub_dir):
+    """The clone of a public repository that --hub-dir gives: the folder itself, or the one in it of that name. None without --hub-dir. Raises WrongCall."""
+    if hub_dir is None:
+        return None
+    for folder in (Path(hub_dir) / name, Path(hub_dir)):
+        if (folder / "hubconf.py").is_file():
+            return folder
+    raise WrongCall(f"--hub-dir {hub_dir} holds no hubconf.py, nor does a folder {name} in it; give a clone of the repository that --help names")
+
+
 def load_dinotxt(name, random_init, hub_dir, weights):
     """DINOv3.txt through its public entry point, or a student of it from the folder `name`."""
     import open_clip
@@ -791,7 +801,7 @@ def load_dinotxt(name, random_init, hub_dir, weights):
     where = ("--backbone dinov3txt needs DINOv3's public code and two weight files: ask for these at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads, "
              "then give --dinov3-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth dinov3_vitl16_dinotxt_vision_head_and_text_encoder-a442d8f5.pth, and, "
              "without network, --hub-dir FOLDER, a clone of https://github.com/facebookresearch/dinov3")
-    student = None if name == "dinov3txt" else Path(name) / DINOV3
+    clone, student = hub_clone("dinov3", hub_dir), None if name == "dinov3txt" else Path(name) / DINOV3
     if not (random_init or student or weights):
         raise WrongCall(where)
     for path in weights or ():
@@ -800,14 +810,14 @@ def load_dinotxt(name, random_init, hub_dir, weights):
     arguments = {"pretrained": False, "bpe_path_or_url": str(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz"))}
     try:
         with torch.device("cpu" if random_init else "meta"):  # 0.9 G parameters need no values before the file's
-            if hub_dir is None:
+            if clone is None:
                 model, tokenizer = torch.hub.load("facebookresearch/dinov3", entry, trust_repo=True, **arguments)
             else:
-                sys.path.insert(0, str(hub_dir))  # its hubconf.py would import packages that this model does not need
+                sys.path.insert(0, str(clone))  # its hubconf.py would import packages that this model does not need
                 try:
                     model, tokenizer = getattr(importlib.import_module("dinov3.hub.dinotxt"), entry)(**arguments)
                 finally:
-                    sys.path.remove(str(hub_dir))
+                    sys.path.remove(str(clone))
     except Exception as error:  # no network, no such clone, a package that is missing
         raise RunFailed(f"DINOv3's public code cannot be used: {first_line(error)}. {where}") from error
     if student:
@@ -1055,15 +1065,20 @@ def stitched_features(backbone, images, window, stride, batch_size=60, autocast=
 
 @dataclass
 class Classes:
-    """Class names in label order. names[k] lists class k's synonyms, the first of which is what it is called."""
+    """Class names in label order. names[k] lists class k's synonyms, the first of which is what it is called.
+
+    background: class 0 is everything else; its names stand for what that may be, and thresholds (Rule) send pixels to it.
+    """
     names: list
+    background: bool = False
 
     def __len__(self):
         return len(self.names)
 
     @property
     def titles(self):
-        return [synonyms[0] for synonyms in self.names]
+        titles = [synonyms[0] for synonyms in self.names]
+        return ["background", *titles[1:]] if self.background else titles
 
     @property
     def flat(self):
@@ -1076,12 +1091,13 @@ class Classes:
         return torch.tensor([k for k, synonyms in enumerate(self.names) for _ in synonyms])
 
 
-def read_classes(source):
+def read_classes(source, background=None):
     """Classes from a file (one class a line, synonyms separated by commas) or from "cat, grass | lawn, sky" itself.
 
-    Raises WrongCall for an empty list, an empty name or a repeated one.
+    background: words for a class 0 before them ("wall, floor"); a first class called "background" is one, too.
+    Raises WrongCall for an empty list, an empty name, a repeated one, or more classes than a label PNG can hold.
     """
-    if Path(source).is_file():
+    if os.path.isfile(source):  # False also for a list of names that is too long for a path
         where, entries = f"--classes {source}", [line.split(",") for line in Path(source).read_text().strip().splitlines()]
     elif str(source).endswith(".txt") or os.sep in str(source):
         raise WrongCall(f"--classes {source}: no such file")
@@ -1090,15 +1106,19 @@ def read_classes(source):
     names = [[name.strip() for name in entry] for entry in entries]
     if not names:
         raise WrongCall(f"{where}: the list is empty; give one class a line, or \"cat, grass | lawn, sky\"")
+    if background is not None:
+        names.insert(0, [name.strip() for name in background.split(",")])
+    if len(names) > IGNORE:
+        raise WrongCall(f"{where}: {len(names)} classes, but labels are one byte, and {IGNORE} is ignored; at most {IGNORE} classes can be told apart")
     seen = {}
-    for line, synonyms in enumerate(names, 1):
+    for line, synonyms in enumerate(names, 0 if background is not None else 1):
         for name in synonyms:
             if not name:
-                raise WrongCall(f"{where}: class {line} has an empty name")
+                raise WrongCall(f"{where}: class {line} has an empty name" if line else "--background: an empty name; give words like \"wall, floor\"")
             if name.lower() in seen:
                 raise WrongCall(f"{where}: '{name}' stands for class {seen[name.lower()]} and again for class {line}; a name must be unique")
             seen[name.lower()] = line
-    return Classes(names)
+    return Classes(names, background is not None or names[0][0].lower() == "background")
 
 
 @torch.no_grad()
@@ -1125,27 +1145,76 @@ def dense_features(backbone, image, autocast=contextlib.nullcontext):
         return backbone.encode_dense(prepare(backbone, image)[None])[0].float()
 
 
-def single_pass_similarities(backbone, image, texts, size, autocast=contextlib.nullcontext):
-    """Cosine similarities of every pixel with every name: (3, H, W) uint8, (N, D) -> (N, *size)."""
-    similarities = F.normalize(dense_features(backbone, image, autocast), dim=-1) @ texts.T  # (h, w, N)
-    return F.interpolate(similarities.permute(2, 0, 1)[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+def single_pass_similarities(backbone, image, texts, autocast=contextlib.nullcontext):
+    """Cosine similarities of every patch with every name: (3, H, W) uint8 or PIL image, (N, D) -> (H/patch, W/patch, N)."""
+    return F.normalize(dense_features(backbone, image, autocast), dim=-1) @ texts.T
 
 
 @torch.no_grad()
 def sliding_window_similarities(backbone, image, texts, size, window, stride, batch_size=60, autocast=contextlib.nullcontext):
-    """The sliding-window baseline: similarities stitched at pixel resolution (paper, section 3.3): as single_pass_similarities."""
+    """The sliding-window baseline: similarities stitched at pixel resolution (paper, section 3.3): (*size, N)."""
     image = prepare(backbone, image)
     stitcher = Stitcher(image.shape[-2:], window, stride, backbone.patch, 1, size, image.device)
     encode_windows(backbone, [image], [stitcher], window, stride, batch_size, autocast, lambda maps: F.normalize(maps, dim=-1) @ texts.T)
-    return stitcher.result().permute(2, 0, 1)
+    return stitcher.result()
 
 
-def label_map(similarities, classes):
-    """The class whose name is most similar at each pixel: (N, H, W) -> (H, W) int64.
+@dataclass(frozen=True)
+class Rule:
+    """How similarities become labels, beyond the largest one winning (protocol.md); needs a background class 0.
 
-    The most similar of all names belongs to the class whose best synonym is the most similar.
+    A pixel whose largest class probability - softmax over all names of logit_scale times similarity - is under `threshold`
+    becomes label 0; a foreground class that wins no more than the share `area_threshold` of the foreground is left out first.
     """
-    return classes.owner.to(similarities.device)[similarities.argmax(0)]
+    logit_scale: float = 40.0
+    threshold: float = 0.0
+    area_threshold: float = 0.0
+
+
+def bilinear_strips(similarities, size):
+    """(h, w, N) -> a function of (first, last) that gives these rows of the bilinear enlargement to size: (N, rows, W).
+
+    So a map of 150 classes at full size is never held as a whole.
+    """
+    height, width, count = similarities.shape
+    if (height, width) == tuple(size):
+        return lambda first, last: similarities[first:last].permute(2, 0, 1)
+    weights = linear_matrix(height, size[0]).to(similarities)
+
+    def strip(first, last):
+        rows = (weights[first:last] @ similarities.flatten(1)).view(last - first, width, count)
+        return F.interpolate(rows.permute(2, 0, 1)[None].contiguous(), size=(last - first, size[1]), mode="bilinear", align_corners=False)[0]
+    return strip
+
+
+def label_map(strip, size, classes, rule=Rule(), values=2 ** 21):
+    """The class of each pixel, from strips of similarities (N, rows, W): (H, W) int64 on the strips' device.
+
+    The most similar of all names belongs to the class whose best synonym is the most similar, and softmax changes no order:
+    it is only computed where a threshold asks for a probability. values: floats that one strip may hold.
+    """
+    owner, banned = classes.owner, None
+    step = max(1, values // (len(owner) * size[1]))
+
+    def assign():
+        for first in range(0, size[0], step):
+            similarities = strip(first, min(first + step, size[0]))
+            left = similarities if banned is None else similarities.masked_fill(banned.to(similarities.device)[:, None, None], -torch.inf)
+            best, name = left.max(0)  # (rows, W)
+            labels = owner.to(name.device)[name]
+            if rule.threshold and (banned is not None or not rule.area_threshold):  # areas are counted before the threshold
+                probability = (rule.logit_scale * best - (rule.logit_scale * similarities).logsumexp(0)).exp()
+                labels[probability < rule.threshold] = 0
+            yield labels
+
+    labels = torch.cat(list(assign()))
+    if rule.area_threshold:
+        areas = torch.bincount(labels.flatten().cpu(), minlength=len(classes))
+        small = areas <= rule.area_threshold * areas[1:].sum()
+        small[0] = False
+        banned = small[owner]
+        labels = torch.cat(list(assign()))
+    return labels
 
 
 def segment(backbone, image, classes):
@@ -1155,4 +1224,6 @@ def segment(backbone, image, classes):
     """
     classes = Classes([[names] if isinstance(names, str) else list(names) for names in classes])
     image = to_rgb(image)
-    return label_map(single_pass_similarities(backbone, image, embed_texts(backbone, classes.flat), image.shape[-2:]), classes).cpu()
+    size = image.shape[-2:]
+    similarities = single_pass_similarities(backbone, image, embed_texts(backbone, classes.flat))
+    return label_map(bilinear_strips(similarities, size), size, classes).cpu()

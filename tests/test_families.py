@@ -336,5 +336,9 @@ def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):
     for module in [module for module in sys.modules if module.startswith("dinov3")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != os.environ.get("SPAR_DINOV3_DIR")])
+    with pytest.raises(WrongCall, match="holds no hubconf.py"):
+        load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)
+    (tmp_path / "dinov3").mkdir()
+    (tmp_path / "dinov3" / "hubconf.py").touch()
     with pytest.raises(RunFailed, match="public code cannot be used.*--hub-dir"):
         load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)

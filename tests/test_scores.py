@@ -6,8 +6,9 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 
-from common import Classes, RunFailed, WrongCall, label_map, read_classes
-from evaluate_ovs import confusion_matrix, read_mask, scores
+from common import Classes, RunFailed, WrongCall, bilinear_strips, label_map, read_classes
+from data.benchmarks import label_table, read_label_ids, to_classes
+from evaluate_ovs import confusion_matrix, scores
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -43,13 +44,16 @@ def test_bad_class_lists_are_refused(source, message):
 
 
 def test_a_class_is_as_similar_as_its_best_synonym():
-    similarities = torch.randn(6, 20, 30)
+    similarities = torch.randn(20, 30, 6)
     classes = Classes([["a"], ["b", "c", "d"], ["e", "f"]])
-    expected = torch.stack([similarities[0], similarities[1:4].amax(0), similarities[4:].amax(0)]).argmax(0)
-    assert torch.equal(label_map(similarities, classes), expected)
+    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1), similarities[..., 4:].amax(-1)]).argmax(0)
+    assert torch.equal(label_map(bilinear_strips(similarities, (20, 30)), (20, 30), classes), expected)
 
 
 def test_masks_are_checked(tmp_path):
+    def read_mask(path, size, count):
+        return to_classes(read_label_ids(path, size), label_table("plain", count), path)
+
     labels = np.array([[0, 1, 255], [3, 7, 0]], np.uint8)
     Image.fromarray(labels).save(tmp_path / "mask.png")
     assert (read_mask(tmp_path / "mask.png", (2, 3), 8).numpy() == labels).all()

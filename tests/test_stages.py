@@ -121,7 +121,7 @@ def test_evaluate_compares_and_agrees_with_scikit_learn(student, photos, tmp_pat
 
 def test_own_pictures_with_free_names(student, photos, tmp_path, capsys):
     run(evaluate_ovs, "--checkpoint", student, "--images", photos / "3.png", "--classes", "cat, grass | lawn, sky", "--save-maps", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "sheet.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "shares.csv", "sheet.png"]
     labels = Image.open(tmp_path / "3.png.labels.png")
     assert labels.mode == "P" and labels.size == Image.open(photos / "3.png").size and np.asarray(labels).max() < 3
     shares = capsys.readouterr().out.split("3.png (spar): ")[1].splitlines()[0]

@@ -56,6 +56,15 @@ def test_similarities_at_pixel_resolution_equal_the_loop(size, outputs, stride):
     assert (stitcher.result() - loop(maps, size, (128, 128), stride, 1, outputs)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("size, window, stride", [((544, 592), 512, 24), ((560, 768), 512, 256), ((336, 400), 224, 112), ((336, 400), 224, 24), ((320, 608), 512, 256),
+                                                  ((320, 608), 512, 112), ((160, 208), 512, 24)])
+def test_similarities_of_the_published_windows_equal_the_loop(size, window, stride):
+    maps, outputs = random_maps(size, (window, window), stride, 16, 2), (size[0] * 3 // 4, size[1] * 3 // 4 + 1)
+    stitcher = Stitcher(size, (window, window), stride, 16, 1, outputs)
+    stitcher.add(maps.float())
+    assert (stitcher.result() - loop(maps, size, (window, window), stride, 1, outputs)).abs().max() < 1e-5
+
+
 def test_rectangular_window():
     maps = random_maps((208, 304), (64, 96), 24, 16)
     stitcher = Stitcher((208, 304), (64, 96), 24, 16, 8, (13, 19))
