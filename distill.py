@@ -6,8 +6,10 @@ loads as local-dir:runs/spar, spar.json (what it was trained from and how), log.
     python distill.py                                        # the demo, CPU
     python distill.py --teacher runs/teacher --epochs 10     # one GPU
     torchrun --nproc-per-node 2 distill.py                   # the paper's two GPUs: one image each, averaged gradients
+    python distill.py --train-only qkv --out runs/qkv        # a variant; tests/variants.py runs all of the paper's
 
-The same command continues after an interruption, and ends with the weights of an uninterrupted run.
+The same command continues after an interruption (Ctrl-C, SIGTERM, SIGKILL, a process that died), and ends with the weights of an
+uninterrupted run, bit for bit on a CPU.
 """
 import argparse
 
@@ -55,7 +57,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -123,29 +124,16 @@ def random_factor(bounds, seed, epoch, index):
     return float(np.random.default_rng((seed, epoch, index)).uniform(*bounds)) if bounds else 1.0
 
 
-def on_device(samples, device):
-    """Copy samples to the device one ahead of their use, on a stream of their own, so that copies overlap with computation."""
-    if device.type != "cuda":
-        yield from samples
-        return
-    stream, waiting = torch.cuda.Stream(device), collections.deque()
-
-    def handed_over():
-        sample, copied = waiting.popleft()
-        torch.cuda.current_stream().wait_event(copied)
-        for tensor in sample:
-            if torch.is_tensor(tensor):
-                tensor.record_stream(torch.cuda.current_stream())  # or its memory could be reused while it is still read
+def to_device(sample, device, stream):
+    """Called by the reading threads: a sample on the device, copied on a stream of its own so that this overlaps with the computation."""
+    if stream is None:  # a CPU
         return sample
-
-    for sample in samples:
-        with torch.cuda.stream(stream):
-            moved = Sample(*(field.pin_memory().to(device, non_blocking=True) if torch.is_tensor(field) else field for field in sample))
-            waiting.append((moved, stream.record_event()))
-        if len(waiting) > 1:
-            yield handed_over()
-    while waiting:
-        yield handed_over()
+    with torch.cuda.stream(stream):
+        sample = Sample(*(field.pin_memory().to(device, non_blocking=True) if torch.is_tensor(field) else field for field in sample))
+    stream.synchronize()
+    for field in filter(torch.is_tensor, sample):
+        field.record_stream(torch.cuda.default_stream(device))  # or its memory could be reused while it is still read
+    return sample
 
 
 # ---- model and loss --------------------------------------------------------------------------------------------------
@@ -369,6 +357,21 @@ def noted_signals():
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
+def accumulate_gradients(student, samples, batch, first, frozen, texts, scaler, runtime):
+    """Add the gradients of this process's share of a batch. Returns its part of the batch's mean loss, and the seconds waited for data."""
+    total, waiting = torch.zeros((), device=runtime.device), 0.0
+    for _ in range(batch // runtime.world):
+        asked = time.time()
+        sample = next(samples)
+        waiting += time.time() - asked
+        with runtime.autocast():
+            features = student_features(student, sample, first, frozen)
+        loss = distillation_loss(features, sample.target, texts) / batch
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    return total, waiting
+
+
 def add_up_gradients(parameters, loss, stop, runtime):
     """Sum gradients, loss and the wish to stop over the processes, in one exchange whose layout is always the same, so that a
     resumed run adds in the same order. Returns (loss, stop), equal in all of them."""
@@ -412,7 +415,8 @@ def main(args):
     if runtime.rank == 0:
         decided = read_json(out / "spar.json", "an earlier run").get("cache_frozen") if (out / "spar.json").exists() else None
         cached = decide_cache(frozen, reason, args.cache_frozen == "auto", decided, entries, epochs)
-        require_room(out, 4 * 3 * 3 * trained, "three training states")  # two that are kept and one being written: weights and AdamW's two moments
+        states = sum(path.stat().st_size for path in out.glob("training_state*.pt"))
+        require_room(out, 3 * 12 * trained - states, "training states")  # two kept, one being written; of weights and AdamW's two moments, float32
         require_same_settings(out / "spar.json", {
             "teacher": teacher, "maps": len(entries), "train_blocks": blocks, "train_only": args.train_only, "epochs": epochs, "lr": peak,
             "schedule": schedule, "weight_decay": args.weight_decay, "loss_of": args.loss, "classes": classes and classes.names,
@@ -438,28 +442,21 @@ def main(args):
               f"({', '.join(filter(None, [args.train_only, blocks and (f'the last {blocks} blocks' if blocks != 'all' else 'all blocks')]))}), "
               f"AdamW, learning rate {peak:g}, {schedule}")
 
+    stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
     progress = tqdm(total=steps * batch, initial=step * batch, desc="distill", unit="img", disable=runtime.rank > 0)
     started, waited, plotted, stop = time.time(), 0.0, 0.0, False
     with noted_signals() as signals:
         for epoch in range(step // steps_per_epoch, epochs):
             order = epoch_order(len(entries), batch, args.seed, epoch, runtime.rank, runtime.world)[step - epoch * steps_per_epoch:]
-            load = functools.partial(load_epoch_sample, folder, teacher, entries, frozen, args.random_scale, args.seed, epoch)
-            samples = on_device(prefetch(load, order.flatten().tolist(), args.workers), runtime.device)
+            samples = prefetch(lambda k: to_device(load_sample(folder, teacher, entries[k], frozen, random_factor(args.random_scale, args.seed, epoch, k)),
+                                                   runtime.device, stream), order.flatten().tolist(), args.workers)
             for _ in order:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, steps, peak, schedule)
                 optimizer.zero_grad()
-                loss = torch.zeros((), device=runtime.device)
-                for _ in range(order.shape[1]):
-                    asked = time.time()
-                    sample = next(samples)
-                    waited += time.time() - asked
-                    with runtime.autocast():
-                        features = student_features(student, sample, first, frozen)
-                    part = distillation_loss(features, sample.target, texts) / batch
-                    scaler.scale(part).backward()
-                    loss += part.detach()
+                loss, waiting = accumulate_gradients(student, samples, batch, first, frozen, texts, scaler, runtime)
                 loss, stop = add_up_gradients(parameters, loss, bool(signals), runtime)
+                waited += waiting
                 if not math.isfinite(loss):
                     raise RunFailed(f"the loss is {loss} at step {step + 1}; {out} keeps the last good state. "
                                     "Start again with a lower --lr or with --precision fp32, in another --out")
@@ -495,10 +492,6 @@ def main(args):
         print(f"student in {out}: open_clip.create_model_and_transforms('local-dir:{out}')")
         if frozen:
             print(f"frozen tokens in {frozen.folder}: other runs of these blocks use them; delete them when there are none")
-
-
-def load_epoch_sample(folder, teacher, entries, frozen, bounds, seed, epoch, index):
-    return load_sample(folder, teacher, entries[index], frozen, random_factor(bounds, seed, epoch, index))
 
 
 if __name__ == "__main__":
