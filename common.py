@@ -54,7 +54,7 @@ def command_line(main, *args):
     except RunFailed as error:
         code = report(error, 1)
     except KeyboardInterrupt:
-        code = report(f"interrupted; continue with: {this_command()}", 130)
+        code = report(f"interrupted; continue with: {this_command()}", 130) if os.environ.get("RANK", "0") == "0" else 130
     except OSError as error:
         code = report(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except torch.OutOfMemoryError as error:

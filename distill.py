@@ -443,9 +443,9 @@ def main(args):
               f"AdamW, learning rate {peak:g}, {schedule}")
 
     stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
-    progress = tqdm(total=steps * batch, initial=step * batch, desc="distill", unit="img", disable=runtime.rank > 0)
+    bar = tqdm(total=steps * batch, initial=step * batch, desc="distill", unit="img", disable=runtime.rank > 0)
     started, waited, plotted, stop = time.time(), 0.0, 0.0, False
-    with noted_signals() as signals:
+    with noted_signals() as signals, bar as progress:
         for epoch in range(step // steps_per_epoch, epochs):
             order = epoch_order(len(entries), batch, args.seed, epoch, runtime.rank, runtime.world)[step - epoch * steps_per_epoch:]
             samples = prefetch(lambda k: to_device(load_sample(folder, teacher, entries[k], frozen, random_factor(args.random_scale, args.seed, epoch, k)),
@@ -479,7 +479,6 @@ def main(args):
                 frozen.flush()
             if stop:
                 break
-    progress.close()
     runtime.barrier()  # until everything is on the disk
     if stop and step < steps:
         if runtime.rank == 0:

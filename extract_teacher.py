@@ -179,8 +179,8 @@ def main(args):
         require_room(out, need, "the missing feature maps")
 
     started, cells = time.time(), 0
-    progress = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+    bar = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
+    with bar as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
         writing = []
         for group in prefetch(lambda group: load_group(group, root, augmentation, backbone.patch, args.seed), mine, args.workers):
             usable = [(image, version, plan, pixels) for image, version, plan, pixels, error in group if error is None]
@@ -203,7 +203,6 @@ def main(args):
         for future in writing:
             future.result()
             progress.update()
-    progress.close()
     cells = runtime.add_up(torch.tensor(float(cells), device=runtime.device)).item()
     if runtime.rank == 0:
         finish(out, jobs, shards, me, time.time() - started, cells * backbone.dim * 2)

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ROOT / "data" / "demo" / "classes.txt"
 
-# name: (flags of extract_teacher.py, flags of distill.py, the mIoU in the paper, where its text gives one). Of the finer teacher stride it
-# says only that all windows then cut the picture into the same patches, which is 16.
+# name: (flags of extract_teacher.py, flags of distill.py, the mIoU in the paper, where its text gives one). Its finer teacher stride is lost in
+# the text; that pixels then miss "the context of different patches" fits 16, the patch.
 VARIANTS = {
     "all": ("", "--train-blocks all", 42.3),
     "last block": ("", "--train-blocks 1", 43.2),
