@@ -64,7 +64,7 @@ def plain_loop(teacher, entries, backbone, device, precision):
     """What a first version does: seconds an image, (wall, processor)."""
     student = load_backbone(backbone, True, device)
     parameters = [p for block in student.blocks[-TRAINED:] for p in block.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.precision == "fp16")
     settings, clock = json.loads((teacher / "teacher.json").read_text()), Clock(device)
     for entry in entries:
