@@ -6,8 +6,11 @@ Shapes: images are (3, H, W), maps (h, w, C) with h = H / patch and w = W / patc
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import datetime
+import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -374,8 +377,12 @@ def planned_size(plan):
 
 BACKBONES = {
     "tiny": f"local-dir:{DEMO / 'tiny'}",
+    "siglip2": "ViT-B-16-SigLIP2-512/webli",
     "openclip": "ViT-B-16/laion2b_s34b_b88k",
+    "dinov3txt": "torch.hub facebookresearch/dinov3 dinov3_vitl16_dinotxt_tet1280d20h24l",
+    "siglip2-naflex": "hf-hub:timm/ViT-B-16-SigLIP2-naflex",
 }
+DINOV3 = "dinov3txt_model.safetensors"  # what a folder with a student of DINOv3.txt holds
 
 
 def resize_positions(table, grid, new_grid):
@@ -390,19 +397,31 @@ def resize_positions(table, grid, new_grid):
     return image.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(table.dtype)
 
 
+def one_by_one(tokens):
+    """(B, n, C) -> (B * n, 1, C), each token a sequence of its own: attention over the one key is its value, exactly."""
+    return tokens.flatten(0, 1).unsqueeze(1)
+
+
 class Backbone(nn.Module):
     """A vision-language ViT as a dense feature extractor for images of any size; one subclass per family of towers.
 
     The forward pass is embed -> run_blocks -> project. Tokens (B, n, C) that enter block k can be kept and continued from with
     run_blocks(tokens, grid, start=k), which is how frozen blocks are computed once.
 
-    Attributes: model (open_clip's, both towers), blocks (its ViT blocks), patch (pixels), window (native H, W in pixels),
-    width (C, of the tokens), dim (D, shared with the text), mean and std (of the normalisation).
+    Dense features follow from how the tower pools its patches into an image embedding, which is what was aligned with text:
+    by a class token, the last block's attention matrix becomes the identity (MaskCLIP); by attention, the pooling's value path
+    is taken; by their mean, the patches themselves are what it is the mean of.
+
+    Attributes: visual (the image tower), model (both towers, or None where the text tower was not loaded), blocks (its ViT
+    blocks), patch (pixels), window (native H, W in pixels; None if there is no such size), dim (D, shared with the text),
+    pooling ("class token", "attention" or "mean"), mean and std (of the normalisation), source (the arguments of load_backbone).
     """
+    visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
 
     def __init__(self, model, preprocess):
         super().__init__()
         self.model = model
+        self.visual = model.get_submodule(self.visual_prefix[:-1])
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
@@ -435,37 +454,79 @@ class Backbone(nn.Module):
             raise ValueError(f"an image of {height} x {width} is not divisible by the patch of {self.patch}; use fit_to_patches")
         return height // self.patch, width // self.patch
 
-    def block_flops(self, index, tokens):
-        """FLOP of one block on n tokens of width C: 2 n for each weight of its matrices, and 4 n^2 C for attention."""
-        weights = sum(p.numel() for p in self.blocks[index].parameters() if p.ndim == 2)
-        return 2 * tokens * weights + 4 * tokens ** 2 * self.width
-
-    def flops(self, size):
-        """FLOP of encode_dense on one image of (H, W) pixels, a multiply-add counted as two; normalisation and softmax are left out."""
-        raise NotImplementedError
-
     def encode_dense(self, images):
         """Text-aligned patch features in a single pass: normalised (B, 3, H, W) -> (B, H/patch, W/patch, D), not L2-normalised."""
         grid = self.grid(images)
         return self.project(self.run_blocks(self.embed(images), grid), grid)
 
+    def flops(self, size):
+        """FLOP of the matrix products and convolutions of encode_dense on one image of (H, W) pixels; a multiply-add counts as two.
+
+        Counted by torch on a copy without data. Gradients are on because torch's fused inference kernel hides its products.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+        empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in self.parameters()} | {id(b): b.detach().to("meta") for b in self.buffers()}
+        with FlopCounterMode(display=False) as counter, torch.enable_grad():
+            copy.deepcopy(self, empty).encode_dense(torch.empty(1, 3, *size, device="meta"))
+        return counter.get_total_flops()
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The tokenizer that the model was trained with. Raises RunFailed where its files are missing or do not fit."""
+        import open_clip
+        name = self.source["name"]
+        architecture, tag = resolve_backbone(name)
+        try:
+            with quiet_open_clip():
+                tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # transformers raises many types here
+            raise RunFailed(f"the tokenizer of --backbone {name} cannot be loaded: {first_line(error)}. {offline_advice(architecture, tag)}") from error
+        if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
+            ids, inner = tokenizer(["a"])[0], tokenizer.tokenizer
+            if ids[0] == inner.pad_token_id or inner.eos_token_id not in ids:
+                raise RunFailed(f"the tokenizer of --backbone {name} pads on the left or ends no text with {inner.eos_token!r}: its tokenizer.json and "
+                                "tokenizer_config.json are not the ones of this model; fetch them again")
+        return tokenizer
+
+    def encode_text(self, texts):
+        """N strings -> (N, D) float32, not L2-normalised. The backbone must have been loaded with text=True."""
+        return self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float()
+
+    def both_towers(self):
+        """The model with its text tower, which is fetched from where the image tower came if it was not loaded."""
+        if self.model is not None:
+            return self.model
+        whole = load_backbone(**self.source, text=True)
+        whole.visual.load_state_dict(self.visual.state_dict())
+        return whole.model
+
+    def save(self, folder):
+        """Write a folder that plain open_clip loads as local-dir:FOLDER: configuration, weights, and the tokenizer where it is the model's own."""
+        config = model_config(self.source["name"])["model_cfg"]
+        save_open_clip(self.both_towers(), config, folder)
+        if config["text_cfg"].get("hf_tokenizer_name"):
+            try:
+                self.tokenizer.tokenizer.save_pretrained(folder)
+            except RunFailed as error:
+                print(f"warning: saved without a tokenizer, which open_clip needs beside it: {error}", file=sys.stderr)
+
 
 class NativeViT(Backbone):
-    """open_clip's own VisionTransformer with a class token; dense features by MaskCLIP's value path (method.md)."""
+    """open_clip's own VisionTransformer (OpenCLIP, CLIPA, CoCa), pooled by class token, by mean or by attention."""
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
-        visual = model.visual
-        if visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
-            raise WrongCall("this tower pools its patches by attention or by their mean, which has no dense features here yet")
+        visual = self.visual
+        if visual.pool_type == "none" or visual.patch_size[0] != visual.patch_size[1]:
+            raise WrongCall("its image tower pools twice, or has patches that are not square")
         self.blocks = visual.transformer.resblocks
         self.patch = visual.patch_size[0]
         self.window = tuple(visual.image_size)
         self.dim = visual.output_dim
-        self.width = visual.conv1.out_channels
+        self.pooling = "attention" if visual.attn_pool is not None else {"tok": "class token", "avg": "mean"}[visual.pool_type]
 
     def embed(self, images):
-        visual, grid = self.model.visual, self.grid(images)
+        visual, grid = self.visual, self.grid(images)
         patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, C)
         positions = visual.positional_embedding
         patches = patches + resize_positions(positions[1:], visual.grid_size, grid).to(patches.dtype)
@@ -474,9 +535,9 @@ class NativeViT(Backbone):
 
     def run_block(self, index, tokens, grid):
         block = self.blocks[index]
-        if index < len(self.blocks) - 1:
+        if index < len(self.blocks) - 1 or self.pooling != "class token":
             return block(tokens)
-        # MaskCLIP: the last attention matrix is the identity, so what remains of it are its value and output projections
+        # MaskCLIP: with the identity for attention, its value and output projections remain (one_by_one without its queries and keys)
         tokens, attention = tokens[:, 1:], block.attn  # the class token serves no patch from here on
         width = tokens.shape[-1]
         values = F.linear(block.ln_1(tokens), attention.in_proj_weight[2 * width:], attention.in_proj_bias[2 * width:])
@@ -484,14 +545,127 @@ class NativeViT(Backbone):
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
     def project(self, tokens, grid):
-        visual = self.model.visual
-        return (visual.ln_post(tokens) @ visual.proj).unflatten(1, grid)
+        visual = self.visual
+        patches = tokens if self.pooling == "class token" else tokens[:, 1:]
+        if self.pooling == "attention":  # every query sees the one key, so any of them gives its value
+            pool, shape = visual.attn_pool, patches.shape[:2]
+            keys = pool.ln_k(one_by_one(patches))
+            patches = pool.attn(pool.ln_q(pool.query[:1]).expand(len(keys), 1, -1), keys, keys, need_weights=False)[0].view(*shape, -1)
+        return (visual.ln_post(patches) @ visual.proj).unflatten(1, grid)
 
-    def flops(self, size):
-        patches, last = size[0] // self.patch * (size[1] // self.patch), len(self.blocks) - 1
-        attended = sum(self.block_flops(index, patches + 1) for index in range(last))
-        value_path = self.block_flops(last, patches) - 4 * patches ** 2 * self.width - 2 * patches * 2 * self.width ** 2  # no attention, q, k
-        return attended + value_path + 2 * patches * self.width * (3 * self.patch ** 2 + self.dim)
+
+class TimmViT(Backbone):
+    """timm's VisionTransformer in open_clip (SigLIP 1 and 2, MobileCLIP-B, ViTamin), pooled by class token, by mean or by attention."""
+
+    def __init__(self, model, preprocess):
+        super().__init__(model, preprocess)
+        trunk = self.trunk = self.visual.trunk
+        if trunk.global_pool not in ("token", "avg", "map"):
+            raise WrongCall(f"its image tower pools its patches by {trunk.global_pool!r}; known are token, avg and map")
+        self.blocks = trunk.blocks
+        self.dim = self.visual.head[-1].out_features if len(self.visual.head) else trunk.num_classes or trunk.embed_dim
+        self.pooling = {"token": "class token", "avg": "mean", "map": "attention"}[trunk.global_pool]
+        self.set_sizes()
+
+    def set_sizes(self):
+        embedding = self.trunk.patch_embed
+        embedding.strict_img_size = False  # it would refuse every size but the native one
+        self.window, self.patch = tuple(embedding.img_size), embedding.feat_ratio()
+
+    def embed(self, images):
+        trunk, grid = self.trunk, self.grid(images)
+        patches = trunk.patch_embed(images)  # (B, h * w, C)
+        first = [token for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+        first = torch.cat(first, 1) if first else patches.new_empty(1, 0, patches.shape[-1])  # class token, registers
+        if trunk.pos_embed is not None:
+            table, own = trunk.pos_embed[0], 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+            patches = patches + resize_positions(table[own:], trunk.patch_embed.grid_size, grid).to(patches.dtype)
+            first = first + table[:own] if own else first
+        return trunk.norm_pre(torch.cat([first.to(patches.dtype).expand(len(images), -1, -1), patches], 1))
+
+    def attend(self, block, tokens, grid):
+        return block(tokens)
+
+    def run_block(self, index, tokens, grid):
+        if index < len(self.blocks) - 1 or self.pooling != "class token":
+            return self.attend(self.blocks[index], tokens, grid)
+        patches = tokens[:, self.trunk.num_prefix_tokens:]
+        return self.blocks[index](one_by_one(patches)).view_as(patches)  # MaskCLIP
+
+    def project(self, tokens, grid):
+        trunk = self.trunk
+        patches = trunk.norm(tokens if self.pooling == "class token" else tokens[:, trunk.num_prefix_tokens:])
+        if self.pooling == "attention":
+            pool, width = trunk.attn_pool, patches.shape[-1]
+            patches = pool.proj(F.linear(patches, pool.kv.weight[width:], None if pool.kv.bias is None else pool.kv.bias[width:]))
+            patches = patches + pool.mlp(pool.norm(patches))
+        return self.visual.head(trunk.head(trunk.fc_norm(patches))).unflatten(1, grid)
+
+
+class EvaViT(TimmViT):
+    """timm's Eva in open_clip (EVA-01 and EVA-02, PE-Core), whose blocks take rotary positions.
+
+    These are computed for the grid at hand, stretched over the native one's range as timm does for other sizes.
+    """
+
+    def __init__(self, model, preprocess):
+        super().__init__(model, preprocess)
+        if self.trunk.rope_mixed:
+            raise WrongCall("its rotary positions differ from block to block, which is not supported")
+
+    def attend(self, block, tokens, grid):
+        rope = self.trunk.rope
+        if rope is None:
+            return block(tokens)
+        rope.update_feat_shape(list(grid))
+        return block(tokens, rope=rope.get_embed())
+
+
+class NaFlexViT(TimmViT):
+    """timm's NaFlexVit in open_clip (SigLIP2 NaFlex), which takes any grid and interpolates its positions itself, bilinearly."""
+
+    def set_sizes(self):
+        self.window, self.patch = None, self.trunk.embeds.patch_size[0]
+
+    def embed(self, images):
+        return self.trunk.norm_pre(self.trunk.embeds(images)[0])
+
+
+class DinoTxt(Backbone):
+    """DINOv3.txt from its public code: the patch tokens after the vision head's two blocks, against the patch half of the text.
+
+    `blocks` are the backbone's; the head's belong to project. Stays in eval mode, or its rotary positions would be random.
+    """
+    visual_prefix = "visual_model."
+    window = (384, 384)  # of the teacher; its positions are rotary, so that no size is native
+    pooling = "mean"
+
+    def __init__(self, model, tokenizer):
+        import open_clip
+        super().__init__(model, {"mean": open_clip.constants.IMAGENET_MEAN, "std": open_clip.constants.IMAGENET_STD})
+        self.vit = self.visual.backbone
+        assert not self.vit.untie_cls_and_patch_norms, "class token and patches must share their norm"
+        self.blocks, self.patch, self.dim = self.vit.blocks, self.vit.patch_size, self.vit.embed_dim
+        self.tokenizer = tokenizer
+
+    def embed(self, images):
+        return self.vit.prepare_tokens_with_masks(images)[0]
+
+    def run_block(self, index, tokens, grid):
+        return self.blocks[index](tokens, self.vit.rope_embed(H=grid[0], W=grid[1]))
+
+    def project(self, tokens, grid):
+        return self.visual.head(self.vit.norm(tokens))[:, 1 + self.vit.n_storage_tokens:].unflatten(1, grid)
+
+    def encode_text(self, texts):
+        return self.model.encode_text(self.tokenizer.tokenize(texts).to(self.mean.device)).float()[:, self.dim:]  # after the class token's half
+
+    def save(self, folder):
+        """One file, which the public code's model loads strictly with load_state_dict; it stays under the DINOv3 licence."""
+        from safetensors.torch import save_file
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.both_towers().state_dict().items()}
+        with atomic_path(Path(folder) / DINOV3) as temporary:
+            save_file(tensors, temporary, metadata={"license": "DINOv3 License", "architecture": BACKBONES["dinov3txt"]})
 
 
 def resolve_backbone(name):
@@ -510,67 +684,250 @@ def resolve_backbone(name):
     return architecture, tag or None
 
 
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def offline_advice(architecture, tag):
     """Where a model's files can be had by hand, and where to put them."""
     import open_clip
     if architecture.startswith("local-dir:"):
-        return "The folder must hold open_clip_config.json and the weights it describes, as open_clip saves them"
+        return "The folder must hold open_clip_config.json, the weights it describes and any tokenizer files, as open_clip saves them"
     source = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     repository = architecture.removeprefix("hf-hub:") if architecture.startswith("hf-hub:") else source.get("hf_hub", "").rstrip("/")
     if repository:
         return (f"Without network, fetch open_clip_config.json, the weights and any tokenizer files of https://huggingface.co/{repository} elsewhere, "
-                "put them into one folder and give --backbone local-dir:FOLDER")
+                "put them into one folder and give --backbone local-dir:FOLDER; where it is gated, accept its licence there and run: hf auth login")
     return f"Without network, fetch {source.get('url', 'the weights')} elsewhere and give --backbone {architecture}/FILE"
 
 
-def load_backbone(name, random_init=False, device="cpu"):
-    """A pre-trained model by its --backbone value (interface.md), frozen, in eval mode, on device.
-
-    random_init builds the architecture without weights. Raises WrongCall for a name or tower that cannot work, RunFailed
-    when weights cannot be had.
-    """
+@contextlib.contextmanager
+def quiet_open_clip():
+    """open_clip and huggingface_hub log warnings where nothing is wrong, and errors that they then raise as well."""
     import logging
-    import open_clip
-    architecture, tag = resolve_backbone(name)
-    if not random_init and tag is None and ":" not in architecture:
-        raise WrongCall(f"--backbone {name}: give weights as {architecture}/TAG, where TAG is a file or one of "
-                        f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or '(none are published)'}; or --random-init")
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger, and warns where nothing is wrong
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        model = open_clip.create_model(architecture, tag if not random_init else None, load_weights=not random_init,
-                                       require_pretrained=not random_init)
-    except Exception as error:  # open_clip raises many types here, most of them from the libraries below it
-        cause = str(error).strip().splitlines()
-        raise RunFailed(f"--backbone {name} cannot be loaded: {cause[0] if cause else type(error).__name__}. {offline_advice(architecture, tag)}") from error
+        yield
     finally:
-        logging.getLogger().setLevel(level)
-    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
-        raise WrongCall(f"--backbone {name}: its image tower is a {type(model.visual).__name__}; known are open_clip's own ViTs")
-    backbone = NativeViT(model, open_clip.get_model_preprocess_cfg(model))
-    backbone.name = str(name)
-    return backbone.to(device).eval().requires_grad_(False)
+        logging.disable(before)
 
 
 def model_config(name):
-    """open_clip's model_cfg and preprocess_cfg behind a --backbone value, as a folder's open_clip_config.json holds them."""
+    """What a folder's open_clip_config.json holds, of the model behind a --backbone value: {"model_cfg": ..., "preprocess_cfg"?: ...}."""
     import open_clip
-    architecture, _ = resolve_backbone(name)
+    architecture, tag = resolve_backbone(name)
+    if name == "siglip2-naflex":  # open_clip 3.3 has no configuration of it; all but the trunk is that of its sibling
+        config = open_clip.get_model_config("ViT-B-16-SigLIP2-512")
+        config["vision_cfg"]["timm_model_name"] = "naflexvit_base_patch16_siglip"
+        return {"model_cfg": config}
     if architecture.startswith("local-dir:"):
         return read_json(Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json", "open_clip")
     if architecture.startswith("hf-hub:"):
-        return open_clip.factory._get_hf_config(architecture.removeprefix("hf-hub:"))
-    return {"model_cfg": open_clip.get_model_config(architecture)}
+        config = open_clip.factory._get_hf_config(architecture.removeprefix("hf-hub:"))
+        config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)  # of NaFlex towers; newer than the open_clip of today
+        return config
+    config = open_clip.get_model_config(architecture)
+    if tag and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
+        config["quick_gelu"] = True  # as the weights were trained; open_clip only warns
+    return {"model_cfg": config}
 
 
-def save_open_clip(backbone, folder):
-    """Write a folder that open_clip loads as local-dir:FOLDER, with nothing of this repository in it."""
+def weights_file(architecture, tag):
+    """The file of a model's weights, downloaded into the cache of huggingface_hub or open_clip if need be. Raises many types."""
+    import open_clip
+    from open_clip.pretrained import download_pretrained_from_hf
+    if architecture.startswith("local-dir:"):
+        folder = architecture.removeprefix("local-dir:")
+        path = open_clip.factory._find_checkpoint_in_dir(Path(folder))
+        if path is None:
+            raise FileNotFoundError(f"{folder} holds no weights")
+        return path
+    if architecture.startswith("hf-hub:"):
+        return download_pretrained_from_hf(architecture.removeprefix("hf-hub:"))
+    if Path(tag).is_file():
+        return tag
+    return open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
+
+
+def load_image_tower(model, path):
+    """Fill model.visual from a file of both towers, strictly, without reading the text tower's weights (safetensors are memory-mapped)."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.factory import load_state_dict
+    state = convert_state_dict(model, load_state_dict(path))
+    model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}, strict=True)
+
+
+STUB = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # stands in for a text tower that is not needed
+
+
+def create_open_clip(name, random_init, text, device):
+    """open_clip's model behind a --backbone value, with its weights and preprocessing; without text its text tower is a stub."""
+    import open_clip
+    architecture, tag = resolve_backbone(name)
+    config = model_config(name)["model_cfg"]
+    overrides = {"vision_cfg": config["vision_cfg"]}
+    if not text:
+        overrides |= {key: STUB for key in ("text_cfg", "multimodal_cfg") if key in config}
+    base = "ViT-B-16-SigLIP2-512" if name == "siglip2-naflex" else architecture
+    model = open_clip.create_model(base, None if random_init or ":" in base else tag, load_weights=False, device=device,
+                                   force_quick_gelu=config.get("quick_gelu", False), **overrides)
+    if not random_init:
+        path = weights_file(architecture, tag)
+        if text or str(path).endswith(".npz"):  # big_vision's files, which open_clip converts whole
+            open_clip.factory.load_checkpoint(model, path)
+        else:
+            load_image_tower(model, path)
+    return model
+
+
+def image_family(visual):
+    """The Backbone class for open_clip's image tower. Raises WrongCall, saying why, for one that has none."""
+    import open_clip
+    from timm.models import eva, naflexvit, vision_transformer
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        return NativeViT
+    if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
+        raise WrongCall("its image tower is a ResNet (ModifiedResNet), which has neither patch tokens nor blocks of a transformer")
+    trunk = type(visual.trunk)
+    families = {vision_transformer.VisionTransformer: TimmViT, eva.Eva: EvaViT, naflexvit.NaFlexVit: NaFlexViT}
+    if trunk in families:
+        return families[trunk]
+    if trunk.__name__ == "VisionTransformerRelPos":
+        raise WrongCall("its image tower has tables of relative positions, which belong to one grid size")
+    raise WrongCall(f"its image tower is a {trunk.__name__}, convolutional or hierarchical: it has no one sequence of patch tokens")
+
+
+def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=None, dinov3_weights=None):
+    """A pre-trained model by its --backbone value (interface.md), frozen, in eval mode, on device.
+
+    random_init builds the architecture without weights. text: load the text tower too, for encode_text. hub_dir: a clone of DINOv3's
+    public code; dinov3_weights: its (backbone, head and text) files. Raises WrongCall for a name or tower that cannot
+    work, RunFailed when weights cannot be had.
+    """
+    import open_clip
+    if name == "dinov3txt" or (Path(name) / DINOV3).is_file():
+        backbone = load_dinotxt(name, random_init, hub_dir, dinov3_weights)
+    else:
+        architecture, tag = resolve_backbone(name)
+        if not random_init and tag is None and ":" not in architecture:
+            raise WrongCall(f"--backbone {name}: give weights as {architecture}/TAG, where TAG is a file or one of "
+                            f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or '(none are published)'}; or --random-init")
+        try:
+            with quiet_open_clip():
+                model = create_open_clip(name, random_init, text, device)
+            backbone = image_family(model.visual)(model, open_clip.get_model_preprocess_cfg(model))
+        except WrongCall as error:
+            raise WrongCall(f"--backbone {name}: {error}") from None
+        except RunFailed:
+            raise
+        except Exception as error:  # open_clip raises many types here, most of them from the libraries below it
+            raise RunFailed(f"--backbone {name} cannot be loaded: {first_line(error)}. {offline_advice(architecture, tag)}") from error
+    backbone.source = {"name": str(name), "random_init": random_init, "hub_dir": hub_dir, "dinov3_weights": dinov3_weights}
+    if not text:
+        backbone.model = None
+    return backbone.to(device).eval().requires_grad_(False)
+
+
+def load_dinotxt(name, random_init, hub_dir, weights):
+    """DINOv3.txt through its public entry point, or a student of it from the folder `name`."""
+    import open_clip
+    entry = "dinov3_vitl16_dinotxt_tet1280d20h24l"
+    where = ("--backbone dinov3txt needs DINOv3's public code and two weight files: ask for these at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads, "
+             "then give --dinov3-weights dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth dinov3_vitl16_dinotxt_vision_head_and_text_encoder-a442d8f5.pth, and, "
+             "without network, --hub-dir FOLDER, a clone of https://github.com/facebookresearch/dinov3")
+    student = None if name == "dinov3txt" else Path(name) / DINOV3
+    if not (random_init or student or weights):
+        raise WrongCall(where)
+    for path in weights or ():
+        if not Path(path).is_file():
+            raise WrongCall(f"--dinov3-weights {path}: no such file. {where}")
+    arguments = {"pretrained": False, "bpe_path_or_url": str(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz"))}
+    try:
+        with torch.device("cpu" if random_init else "meta"):  # 0.9 G parameters need no values before the file's
+            if hub_dir is None:
+                model, tokenizer = torch.hub.load("facebookresearch/dinov3", entry, trust_repo=True, **arguments)
+            else:
+                sys.path.insert(0, str(hub_dir))  # its hubconf.py would import packages that this model does not need
+                try:
+                    model, tokenizer = getattr(importlib.import_module("dinov3.hub.dinotxt"), entry)(**arguments)
+                finally:
+                    sys.path.remove(str(hub_dir))
+    except Exception as error:  # no network, no such clone, a package that is missing
+        raise RunFailed(f"DINOv3's public code cannot be used: {first_line(error)}. {where}") from error
+    if student:
+        load_strictly(model, read_tensors(student), student)
+    elif not random_init:
+        # the second file lacks the backbone, and nothing else
+        load_strictly(model, {f"visual_model.backbone.{key}": value for key, value in read_tensors(weights[0]).items()} | read_tensors(weights[1]),
+                      " with ".join(map(str, weights)))
+    return DinoTxt(model, tokenizer)
+
+
+# ---- checkpoints that others saved -------------------------------------------------------------------------------------
+
+class Unread:
+    """Stands for an object in a checkpoint whose class is not loaded: settings and the like, beside the tensors."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors or torch file by name, whatever wraps them as "state_dict". Nothing in it is executed. Raises RunFailed."""
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Unread, name) for name in unknown]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many types for a damaged file
+        raise RunFailed(f"{path} cannot be read as weights: {first_line(error)}") from error
+    state = state.get("state_dict", state)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def load_strictly(module, tensors, source):
+    """module.load_state_dict with an error that names keys. Raises RunFailed for any that is missing, too many or of another shape."""
+    expected = module.state_dict()
+    wrong = {"missing": [key for key in expected if key not in tensors], "unknown": [key for key in tensors if key not in expected],
+             "of another shape": [key for key in tensors if key in expected and tensors[key].shape != expected[key].shape]}
+    complaints = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for what, keys in wrong.items() if keys]
+    if complaints:
+        raise RunFailed(f"{source} does not fit this architecture: of its weights, {'; '.join(complaints)}")
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def load_checkpoint(backbone, path):
+    """Fill a backbone from an official SPAR checkpoint: the state dict of both towers, or of the image tower alone.
+
+    Its keys are those of the model with "model." before them, or "segmentor.net.model." as Lightning saved them.
+    """
+    tensors = read_tensors(path)
+    for prefix in ("segmentor.net.model.", "model."):
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            break
+    if backbone.model is None or all(key.startswith(backbone.visual_prefix) for key in tensors):
+        load_strictly(backbone.visual, {key.removeprefix(backbone.visual_prefix): value for key, value in tensors.items()}, path)
+    else:
+        load_strictly(backbone.model, tensors, path)
+
+
+def save_open_clip(model, config, folder):
+    """Write an open_clip model as a folder that open_clip loads as local-dir:FOLDER, with nothing of this repository in it.
+
+    config: its model_cfg.
+    """
     import open_clip
     from safetensors.torch import save_file
-    config = model_config(backbone.name)
-    preprocess = open_clip.get_model_preprocess_cfg(backbone.model)
-    config = {"model_cfg": config["model_cfg"], "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in backbone.model.state_dict().items()}
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    config = {"model_cfg": config, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     with atomic_path(Path(folder) / "open_clip_model.safetensors") as temporary:
         save_file(tensors, temporary)
     write_json(Path(folder) / "open_clip_config.json", config)
@@ -579,7 +936,7 @@ def save_open_clip(backbone, folder):
 def weights_hash(backbone):
     """sha256 of the image tower's parameters, by which later stages know that they continue from the same weights."""
     digest = hashlib.sha256()
-    for parameter in backbone.model.visual.parameters():
+    for parameter in backbone.visual.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -600,6 +957,16 @@ def check_window(window, stride, patch):
         raise WrongCall(f"--window {window[0]}: must be a multiple of the patch, {patch}")
     if not 1 <= stride <= min(window):
         raise WrongCall(f"--stride {stride}: must be from 1 to the window's side, {min(window)}, or pixels would be left uncovered (0 is the single pass)")
+
+
+def chosen_window(backbone, side, stride):
+    """(H, W) of the window: of --window, or the native one; checked unless the stride is 0. None for a backbone without either."""
+    window = (side, side) if side else backbone.window
+    if stride and window is None:
+        raise WrongCall(f"--backbone {backbone.source['name']} has no native size to slide over a picture: only the single pass (--stride 0), or give --window")
+    if stride:
+        check_window(window, stride, backbone.patch)
+    return window
 
 
 def linear_matrix(inputs, outputs):
@@ -782,16 +1149,11 @@ def read_classes(source):
 @torch.no_grad()
 def embed_texts(backbone, names, chunk=256):
     """One unit vector a name from open_clip's 80 templates: each text normalised, averaged, normalised again. (N, D) float32."""
-    import open_clip
-    architecture, _ = resolve_backbone(backbone.name)
-    tokenizer = open_clip.get_tokenizer(architecture)
-    device = backbone.mean.device
-    embeddings = []
-    for name in names:
-        tokens = tokenizer([template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES])
-        texts = torch.cat([backbone.model.encode_text(part.to(device)).float() for part in tokens.split(chunk)])  # (80, D)
-        embeddings.append(F.normalize(F.normalize(texts, dim=-1).mean(0), dim=-1))
-    return torch.stack(embeddings)
+    from open_clip import OPENAI_IMAGENET_TEMPLATES as templates
+    texts = [template(name) for name in names for template in templates]
+    embeddings = torch.cat([backbone.encode_text(texts[first:first + chunk]) for first in range(0, len(texts), chunk)])
+    embeddings = F.normalize(embeddings, dim=-1).unflatten(0, (len(names), len(templates)))  # (N, 80, D)
+    return F.normalize(embeddings.mean(1), dim=-1)
 
 
 # ---- features and segmentation of one picture --------------------------------------------------------------------------

@@ -74,7 +74,7 @@ from tqdm import tqdm
 
 from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path, command_line, embed_texts, free_bytes,
                     load_backbone, nearest_multiple, open_features, planned_size, prefetch, read_classes, read_image, read_index, read_json,
-                    read_json_lines, require_room, require_same_settings, resize_image, save_open_clip, start_runtime, weights_hash,
+                    read_json_lines, require_room, require_same_settings, resize_image, start_runtime, weights_hash,
                     write_json, write_json_lines)
 
 # the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 30 times fewer steps
@@ -145,7 +145,7 @@ def select_trained(student, blocks, only=None):
     OpenCLIP's last block uses no queries and keys (MaskCLIP); they share a tensor with its values, so their gradient is zero, not
     absent: AdamW leaves them but for the weight decay, 2e-9 a step at the paper's settings, which no patch feature can notice.
     """
-    depth, tower = len(student.blocks), student.model.visual
+    depth, tower = len(student.blocks), student.visual
     if only in ("patch-embed", "pos-embed"):
         if blocks is not None:
             raise WrongCall(f"--train-only {only} trains no block; leave --train-blocks out")
@@ -404,11 +404,12 @@ def main(args):
     batch = runtime.world if args.batch_size is None else args.batch_size
     if batch < 1 or batch % runtime.world:
         raise WrongCall(f"--batch-size {batch}: must be a multiple of the number of processes, {runtime.world}")
-    student = load_backbone(teacher["backbone"], teacher["random_init"], runtime.device)
+    student = load_backbone(teacher["backbone"], teacher["random_init"], runtime.device, text=classes is not None,
+                            hub_dir=teacher.get("hub_dir"), dinov3_weights=teacher.get("dinov3_weights"))
     if weights_hash(student) != teacher["weights"]:
         raise RunFailed(f"{teacher['backbone']} has other weights than when {folder} was made; extract the features again, into another folder")
     first, parameters = select_trained(student, args.train_blocks, args.train_only)
-    trained, tower = (sum(p.numel() for p in some) for some in (parameters, student.model.visual.parameters()))
+    trained, tower = (sum(p.numel() for p in some) for some in (parameters, student.visual.parameters()))
     texts = embed_texts(student, classes.flat) if classes else None
     frozen, reason = frozen_folder(args, student, first, folder, teacher, entries, runtime)
     blocks = args.train_blocks or (None if first is None else "2")
@@ -485,8 +486,7 @@ def main(args):
             print(f"stopped and saved after step {step} of {steps}")
         raise KeyboardInterrupt
     if runtime.rank == 0:
-        student.name = teacher["backbone"]
-        save_open_clip(student, out)
+        student.save(out)
         write_json(out / "spar.json", {**settings, "steps": steps, "loss": read_json_lines(out / "log.jsonl")[-1]["loss"]})
         print(f"student in {out}: open_clip.create_model_and_transforms('local-dir:{out}')")
         if frozen:

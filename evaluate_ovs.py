@@ -163,12 +163,12 @@ def open_methods(args, classes, runtime):
     if args.stride and not compare and args.inference != "sliding-window":
         raise WrongCall("--stride goes with --inference sliding-window or --compare")
     if args.backbone:
-        pretrained = load_backbone(args.backbone, args.random_init, runtime.device)
+        pretrained = load_backbone(args.backbone, args.random_init, runtime.device, text=True)
     else:
         folder = Path(args.checkpoint or "runs/spar")
         if not (folder / "open_clip_model.safetensors").is_file():
             raise RunFailed(f"{folder} holds no student; distill.py writes one, or give --backbone for a pre-trained model")
-        student = load_backbone(f"local-dir:{folder}", device=runtime.device)
+        student = load_backbone(f"local-dir:{folder}", device=runtime.device, text=True)
         if compare:
             teacher = read_json(folder / "spar.json", "distill.py")["teacher"]
             pretrained = load_backbone(teacher["backbone"], teacher["random_init"], runtime.device)

@@ -4,7 +4,7 @@ In: a folder of pictures, no labels. Out, in --out: features/<path>.npy (float16
 image was augmented), teacher.json (the settings), failures.jsonl (pictures that could not be used).
 
     python extract_teacher.py                                             # the demo, CPU
-    python extract_teacher.py --images photos --backbone openclip         # one GPU, or a CPU with patience
+    python extract_teacher.py --images photos                             # SigLIP2, one GPU, or a CPU with patience
     torchrun --nproc-per-node 4 extract_teacher.py --images photos        # four GPUs share the pictures
     python extract_teacher.py --images photos --shard 2/3                 # the second of three machines that share a disk
 
@@ -18,7 +18,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--images", help="folder of jpg, jpeg, png, webp pictures, searched recursively (default: the demo's training pictures)")
     add("--out", default="runs/teacher", help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
-    add("--backbone", help="tiny, openclip, or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (default: tiny on the demo, openclip with --images)")
+    add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG "
+        "(default: tiny on the demo, siglip2 with --images)")
     add("--random-init", action="store_true", help="the architecture without weights, for timing and tests")
     add("--stride", type=int, default=24, help="pixels between windows (%(default)s); finer costs quadratically more; 0 is a single-pass teacher")
     add("--window", type=int, help="side of the window in pixels (default: the size that the backbone was trained on)")
@@ -30,6 +31,9 @@ def parse_args(argv=None):
     add("--min-side", type=int, metavar="N", help="pictures with a shorter short side are enlarged to it; crops are at least as long")
     add("--crop-prob", type=float, metavar="P", help="probability of a crop")
     add("--flip-prob", type=float, metavar="P", help="probability of a horizontal flip")
+    add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3, instead of torch.hub's download")
+    add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"), help="dinov3txt: the two .pth files that Meta gives after its licence is accepted")
+    add("--list-backbones", action="store_true", help="print every architecture of open_clip, and how its dense features are made or why it has none (25 s)")
     add("--versions", type=int, metavar="N", help="differently augmented versions of every picture, for small sets (default: 1; the demo 3)")
     add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s); less if memory runs out")
     add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
@@ -57,7 +61,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,
-                    check_window, command_line, free_bytes, list_images, load_backbone, open_features, plan_augmentation,
+                    chosen_window, command_line, free_bytes, list_images, load_backbone, open_features, plan_augmentation,
                     planned_size, prefetch, read_image, read_index, read_json_lines, require_room, require_same_settings, start_runtime,
                     stitched_features, weights_hash, write_json_lines)
 
@@ -134,10 +138,27 @@ def save_features(out, index, entry, features):
     append_json_line(index, entry)
 
 
+def list_backbones():
+    """The table of --list-backbones, from the architectures themselves, built without memory for weights."""
+    known = 0
+    for name in open_clip.list_models():
+        try:
+            with torch.device("meta"):
+                backbone = load_backbone(name, random_init=True, device="meta")
+            known += 1
+            print(f"{name:36} patch {backbone.patch}, {backbone.window[0]} x {backbone.window[1]}, {len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
+                  f"pooled by {backbone.pooling}; {len(open_clip.list_pretrained_tags_by_model(name))} published weights")
+        except WrongCall as error:
+            print(f"{name:36} no: {str(error).partition(': ')[2]}")
+    print(f"{known} of {len(open_clip.list_models())} architectures work; besides them, siglip2-naflex and dinov3txt")
+
+
 def main(args):
+    if args.list_backbones:
+        return list_backbones()
     on_demo = args.images is None
     root, out = Path(args.images or DEMO / "train").resolve(), Path(args.out)
-    args.backbone = args.backbone or ("tiny" if on_demo else "openclip")
+    args.backbone = args.backbone or ("tiny" if on_demo else "siglip2")
     versions = args.versions or (3 if on_demo else 1)
     augmentation = chosen_augmentation(args)
     shard, shards = parse_shard(args.shard)
@@ -145,12 +166,10 @@ def main(args):
     root = root.parent if root.is_file() else root
 
     runtime = start_runtime(args.device, args.precision, args.seed)
-    backbone = load_backbone(args.backbone, args.random_init, runtime.device)
-    window = (args.window, args.window) if args.window else backbone.window
-    if args.stride:
-        check_window(window, args.stride, backbone.patch)
+    backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+    window = chosen_window(backbone, args.window, args.stride)
     settings = {
-        "backbone": args.backbone, "random_init": args.random_init, "weights": weights_hash(backbone), "stride": args.stride, "window": list(window),
+        "backbone": args.backbone, "random_init": args.random_init, "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights, "weights": weights_hash(backbone), "stride": args.stride, "window": window and list(window),
         "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)} if augmentation else "none", "versions": versions,
         "seed": args.seed, "precision": runtime.precision, "images": str(root), "patch": backbone.patch, "dim": backbone.dim,
         "torch": torch.__version__, "open_clip": open_clip.__version__,
@@ -172,8 +191,8 @@ def main(args):
     missing = {job for group in groups for job in group if job not in index or not is_done(out, index[job], backbone.dim)}
     mine = [group for group in groups if missing.intersection(group)]
     if runtime.rank == 0:
-        print(f"{len(images)} pictures in {root}, {sum(job in index for job in jobs)} of {len(jobs)} feature maps are there; window {window[0]} x {window[1]}, "
-              f"stride {args.stride or 'none (single pass)'}, weights {'RANDOM' if args.random_init else args.backbone}")
+        print(f"{len(images)} pictures in {root}, {sum(job in index for job in jobs)} of {len(jobs)} feature maps are there; "
+              f"{f'window {window[0]} x {window[1]}, stride {args.stride}' if args.stride else 'single pass'}, weights {'RANDOM' if args.random_init else args.backbone}")
         need = estimate_bytes([job for job in jobs if job not in index], root, augmentation, backbone.patch, args.seed, backbone.dim)
         print(f"the missing maps need about {need / 1e9:.2f} GB, and the disk has {free_bytes(out) / 1e9:.0f} GB free")
         require_room(out, need, "the missing feature maps")

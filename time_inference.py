@@ -13,7 +13,9 @@ import argparse
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--backbone", default="tiny", help="tiny, openclip, hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (%(default)s)")
+    add("--backbone", default="tiny", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (%(default)s)")
+    add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3, instead of torch.hub's download")
+    add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"), help="dinov3txt: its two .pth files; not needed with --random-init")
     add("--random-init", action="store_true", help="the architecture without weights, which take as long")
     add("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, resampled to multiples of the patch (default: 1, 2 and 3 times the native side)")
     add("--strides", type=int, nargs="+", metavar="N", help="strides of the sliding window; 0 is the single pass (default: 0, half the window, 24)")
@@ -40,7 +42,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from common import (WrongCall, atomic_path, check_window, command_line, cut_windows, load_backbone, nearest_multiple, start_runtime,
+from common import (WrongCall, atomic_path, chosen_window, command_line, cut_windows, load_backbone, nearest_multiple, start_runtime,
                     write_json)
 
 
@@ -136,15 +138,16 @@ def main(args):
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise WrongCall(f"--plot {args.plot}: must end in .png, .pdf or .svg")
     runtime = start_runtime(args.device, args.precision, args.seed)
-    backbone = load_backbone(args.backbone, args.random_init, runtime.device)
-    window = (args.window, args.window) if args.window else backbone.window
-    strides = list(dict.fromkeys(args.strides if args.strides is not None else [0, min(window) // 2, 24]))
-    for stride in filter(None, strides):
-        check_window(window, stride, backbone.patch)
-    sizes = [parse_size(text, backbone.patch) for text in args.sizes] if args.sizes else [tuple(k * side for side in backbone.window) for k in (1, 2, 3)]
+    backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+    window = chosen_window(backbone, args.window, 0)
+    strides = list(dict.fromkeys(args.strides if args.strides is not None else [0, min(window) // 2, 24] if window else [0]))
+    for stride in strides:
+        chosen_window(backbone, args.window, stride)
+    native = backbone.window or (512, 512)
+    sizes = [parse_size(text, backbone.patch) for text in args.sizes] if args.sizes else [tuple(k * side for side in native) for k in (1, 2, 3)]
 
     rate = matrix_product_rate(runtime)
-    print(f"{args.backbone}{' with RANDOM weights' if args.random_init else ''}, window {window[0]} x {window[1]}, patch {backbone.patch}; "
+    print(f"{args.backbone}{' with RANDOM weights' if args.random_init else ''}, patch {backbone.patch}, {f'window {window[0]} x {window[1]}' if window else 'no native size'}; "
           f"matrix products of this machine in {runtime.precision}: {rate / 1e12:.3f} TFLOP/s")
     print(f"{'size':>11} {'method':>19} {'windows':>8} {'ms':>10} {'median ms':>10} {'TFLOP':>9} {'TFLOP/s':>8} {'of peak':>8} {'peak GB':>8} {'x single':>9}")
     rows = []
@@ -161,7 +164,7 @@ def main(args):
                   f"{row['tflops']:>8.3f} {row['share_of_matrix_rate']:>8.1%} {row['peak_gb']:>8.2f} {ratio:>9}", flush=True)
     if args.json:
         write_json(args.json, {"rows": rows, "settings": {
-            "backbone": args.backbone, "random_init": args.random_init, "window": list(window), "patch": backbone.patch, "batch_size": args.batch_size,
+            "backbone": args.backbone, "random_init": args.random_init, "window": window and list(window), "patch": backbone.patch, "batch_size": args.batch_size,
             "warmup": args.warmup, "repeats": args.repeats, "matrix_tflops": rate / 1e12, "device": str(runtime.device), "precision": runtime.precision,
             "machine": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
             "torch": torch.__version__, "open_clip": open_clip.__version__}})

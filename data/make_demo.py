@@ -142,7 +142,6 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     backbone = NativeViT(model, CONFIG["preprocess_cfg"])
-    backbone.name = str(folder)
     visual, last = model.visual, model.visual.transformer.resblocks[-1]
     with torch.no_grad():
         initialise(visual, backbone.normalise(draw_crops(pool, 200, rng)[0]))
@@ -203,7 +202,7 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
     with torch.no_grad():
         for parameter, mean in zip(weights, average):
             parameter.copy_(mean)
-    save_open_clip(backbone.half(), folder)  # half the size; open_clip loads it into float32
+    save_open_clip(model.half(), CONFIG["model_cfg"], folder)  # half the size; open_clip loads it into float32
 
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------

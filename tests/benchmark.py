@@ -9,6 +9,7 @@ megapixel would take on this machine. Weights are random, which costs the same o
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import extract_teacher
@@ -105,11 +107,16 @@ def measure_distill(args, work):
 
     backbone = load_backbone(args.backbone, True, runtime.device)
 
+    first, _ = distill.select_trained(backbone, str(TRAINED))  # with gradients, or torch's fused kernels would hide their products
+    tokens = distill.frozen_tokens(backbone, torch.zeros(3, *backbone.window, dtype=torch.uint8), first)
+    width, extra = tokens.shape[2], tokens.shape[1] - math.prod(side // backbone.patch for side in backbone.window)
+
     def operations(size):
         """FLOP of the forward pass of one image: (frozen part, trained part)."""
-        cells = size[0] // backbone.patch * (size[1] // backbone.patch)
-        frozen = 2 * cells * backbone.width * 3 * backbone.patch ** 2 + sum(backbone.block_flops(k, cells + 1) for k in range(len(backbone.blocks) - TRAINED))
-        return frozen, backbone.flops(size) - frozen
+        grid = [side // backbone.patch for side in size]
+        with FlopCounterMode(display=False) as counter:
+            backbone.project(backbone.run_blocks(torch.zeros(1, math.prod(grid) + extra, width, device=runtime.device), grid, start=first), grid)
+        return backbone.flops(size) - counter.get_total_flops(), counter.get_total_flops()
 
     frozen, trained = operations(size)
     allowed = (frozen + 3 * trained) / (3 * trained)  # a backward pass costs two forward passes
@@ -136,7 +143,7 @@ def measure_distill(args, work):
     cells, images = (1024 // backbone.patch) ** 2, 25000
     hours = {"features": images * count * statistics.median(times[1:]) / 3600, "training": images * (first + 9 * next_) / 3600,
              "training without kept tokens": images * 10 * statistics.median(wall for wall, _ in plain) * (frozen_large + 3 * trained_large) / (frozen + 3 * trained) / 3600}
-    gigabytes = {"features": images * cells * backbone.dim * 2 / 1e9, "tokens": images * (cells + 1) * backbone.width * 2 / 1e9}
+    gigabytes = {"features": images * cells * backbone.dim * 2 / 1e9, "tokens": images * (cells + extra) * width * 2 / 1e9}
     print(f"\n25,000 pictures of 1024 x 1024 here: features {hours['features']:,.0f} h ({count} windows of {window[0]} a picture, stitching left out) and "
           f"{gigabytes['features']:.0f} GB; ten epochs {hours['training']:,.0f} h and {gigabytes['tokens']:.0f} GB of kept tokens, or "
           f"{hours['training without kept tokens']:,.0f} h without them")

@@ -36,7 +36,7 @@ def micro(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def backbone(micro):
-    return load_backbone(micro)
+    return load_backbone(micro, text=True)
 
 
 @pytest.fixture(scope="session")
