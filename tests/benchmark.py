@@ -109,13 +109,13 @@ def measure_distill(args, work):
 
     first, _ = distill.select_trained(backbone, str(TRAINED))  # with gradients, or torch's fused kernels would hide their products
     tokens = distill.frozen_tokens(backbone, torch.zeros(3, *backbone.window, dtype=torch.uint8), first)
-    width, extra = tokens.shape[2], tokens.shape[1] - math.prod(side // backbone.patch for side in backbone.window)
+    channels, extra = tokens.shape[2], tokens.shape[1] - math.prod(side // backbone.patch for side in backbone.window)
 
     def operations(size):
         """FLOP of the forward pass of one image: (frozen part, trained part)."""
         grid = [side // backbone.patch for side in size]
         with FlopCounterMode(display=False) as counter:
-            backbone.project(backbone.run_blocks(torch.zeros(1, math.prod(grid) + extra, width, device=runtime.device), grid, start=first), grid)
+            backbone.project(backbone.run_blocks(torch.zeros(1, math.prod(grid) + extra, channels, device=runtime.device), grid, start=first), grid)
         return backbone.flops(size) - counter.get_total_flops(), counter.get_total_flops()
 
     frozen, trained = operations(size)
@@ -143,7 +143,7 @@ def measure_distill(args, work):
     cells, images = (1024 // backbone.patch) ** 2, 25000
     hours = {"features": images * count * statistics.median(times[1:]) / 3600, "training": images * (first + 9 * next_) / 3600,
              "training without kept tokens": images * 10 * statistics.median(wall for wall, _ in plain) * (frozen_large + 3 * trained_large) / (frozen + 3 * trained) / 3600}
-    gigabytes = {"features": images * cells * backbone.dim * 2 / 1e9, "tokens": images * (cells + extra) * width * 2 / 1e9}
+    gigabytes = {"features": images * cells * backbone.dim * 2 / 1e9, "tokens": images * (cells + extra) * channels * 2 / 1e9}
     print(f"\n25,000 pictures of 1024 x 1024 here: features {hours['features']:,.0f} h ({count} windows of {window[0]} a picture, stitching left out) and "
           f"{gigabytes['features']:.0f} GB; ten epochs {hours['training']:,.0f} h and {gigabytes['tokens']:.0f} GB of kept tokens, or "
           f"{hours['training without kept tokens']:,.0f} h without them")
