@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ import common
 import distill
 import extract_teacher
 from common import RunFailed, WrongCall, read_index, read_json_lines
-from test_stages import SMALL, command, files, finish, run
+from test_stages import SMALL, files, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
