@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import datetime
 import functools
 import hashlib
 import importlib
@@ -14,6 +15,9 @@ import itertools
 import json
 import math
 import os
+import shlex
+import shutil
+import signal
 import sys
 import traceback
 import zlib
@@ -44,6 +48,7 @@ class RunFailed(Exception):
 
 def command_line(main, *args):
     """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's SIGTERM ends a stage as Ctrl-C does
     try:
         main(*args)
         code = 0
@@ -52,7 +57,7 @@ def command_line(main, *args):
     except RunFailed as error:
         code = report(error, 1)
     except KeyboardInterrupt:
-        code = report("interrupted; the same command continues where this one stopped", 130)
+        code = report(f"interrupted; continue with: {this_command()}", 130) if os.environ.get("RANK", "0") == "0" else 130
     except OSError as error:
         code = report(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except torch.OutOfMemoryError as error:
@@ -69,12 +74,21 @@ def report(error, code):
     return code
 
 
+def this_command():
+    """The command line of this process, as a user would type it again."""
+    launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else ["python"]
+    return shlex.join(launcher + sys.argv)
+
+
 @contextlib.contextmanager
-def atomic_path(path):
-    """A temporary path in path's folder, for the caller to write; on success it replaces path, on failure it is removed."""
+def atomic_path(path, writer=""):
+    """A temporary path in path's folder, for the caller to write; on success it replaces path, on failure it is removed.
+
+    writer: sets apart processes that may write the same path at once; the last of them to finish wins.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")  # the same name each time, so that a killed run's remains are overwritten
+    temporary = path.with_name(f".tmp-{writer}{path.name}")  # the same name each time, so that a killed run's remains are overwritten
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -88,8 +102,8 @@ def atomic_path(path):
         raise
 
 
-def write_json(path, value):
-    with atomic_path(path) as temporary:
+def write_json(path, value, writer=""):
+    with atomic_path(path, writer) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -116,8 +130,8 @@ def read_json_lines(path):
     return entries
 
 
-def write_json_lines(path, entries):
-    with atomic_path(path) as temporary:
+def write_json_lines(path, entries, writer=""):
+    with atomic_path(path, writer) as temporary:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -127,19 +141,38 @@ def append_json_line(path, entry):
         file.write((json.dumps(entry) + "\n").encode())
 
 
-def require_same_settings(path, settings, free=()):
+def read_index(folder):
+    """What extract_teacher.py made: the entries of index.jsonl and of the index-*.jsonl of its separate writers, one a map, in order."""
+    entries = {(entry["image"], entry["version"]): entry for path in sorted(Path(folder).glob("index*.jsonl")) for entry in read_json_lines(path)}
+    return [entries[key] for key in sorted(entries)]
+
+
+def require_room(folder, need, what):
+    """Raise RunFailed unless the disk of a folder (which need not exist yet) has room for `need` bytes more."""
+    free = free_bytes(folder)
+    if need > free:
+        raise RunFailed(f"{what} need {need / 1e9:.2f} GB in {folder}, whose disk has {free / 1e9:.2f} GB free; give a folder on a larger disk")
+
+
+def free_bytes(folder):
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def require_same_settings(path, settings, free=(), flag="--out", writer=""):
     """Keep a folder to one set of settings: write them on the first run, and refuse other ones on the next.
 
-    path: the JSON file of the settings. free: keys that may differ (library versions, say). Raises WrongCall.
+    path: the JSON file of the settings. free: keys that may differ (library versions, say). flag: what names the folder.
+    Raises WrongCall.
     """
     if not Path(path).exists():
-        write_json(path, settings)
+        write_json(path, settings, writer)
         return
     before = read_json(path, "an earlier run")
     differing = [key for key in settings if key not in free and before.get(key) != settings[key]]
     if differing:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is now {settings[key]!r}" for key in differing)
-        raise WrongCall(f"{Path(path).parent} was made with other settings: {changes}. Give another --out, or delete that folder")
+        raise WrongCall(f"{Path(path).parent} was made with other settings: {changes}. Give another {flag}, or delete that folder")
 
 
 # ---- device, precision, ranks ----------------------------------------------------------------------------------------
@@ -158,8 +191,19 @@ class Runtime:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def barrier(self):
+        self.add_up(torch.zeros(1, device=self.device))
+
+    def add_up(self, tensor):
+        """Sum a tensor over all processes, in place, and return it. Raises RunFailed when one of them is gone."""
         if self.world > 1:
-            torch.distributed.barrier()
+            try:
+                torch.distributed.all_reduce(tensor)
+                if tensor.is_cuda:
+                    torch.cuda.synchronize()  # where a lost process shows
+            except RuntimeError as error:
+                raise RunFailed(f"process {self.rank} lost the others ({str(error).splitlines()[0][:120]}); their own lines say why. "
+                                "What was saved is kept, and the same command continues from there") from None
+        return tensor
 
 
 def start_runtime(device="auto", precision="auto", seed=0):
@@ -181,7 +225,8 @@ def start_runtime(device="auto", precision="auto", seed=0):
         torch.cuda.set_device(device)
     torch.manual_seed(seed)
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # one process may wait for another's last images for long; that one has died is seen by torchrun
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     runtime = Runtime(device, precision, rank, world)
     if rank == 0:
         print(f"device {device}, precision {precision}" + (f", {world} processes" if world > 1 else f", {torch.get_num_threads()} threads"))

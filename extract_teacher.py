@@ -6,6 +6,7 @@ image was augmented), teacher.json (the settings), failures.jsonl (pictures that
     python extract_teacher.py                                             # the demo, CPU
     python extract_teacher.py --images photos                             # SigLIP2, one GPU, or a CPU with patience
     torchrun --nproc-per-node 4 extract_teacher.py --images photos        # four GPUs share the pictures
+    python extract_teacher.py --images photos --shard 2/3                 # the second of three machines that share a disk
 
 The same command continues after an interruption.
 """
@@ -37,6 +38,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s); less if memory runs out")
     add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
     add("--limit", type=int, metavar="N", help="use the first N pictures only")
+    add("--shard", default="1/1", metavar="I/N", help="make the Ith of N shares (%(default)s): one command on each of N machines that write to one --out")
     add("--strict", action="store_true", help="stop at the first picture that cannot be used, instead of noting it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
@@ -55,12 +57,13 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,
-                    chosen_window, command_line, list_images, load_backbone, open_features, plan_augmentation,
-                    planned_size, prefetch, read_image, read_json_lines, require_same_settings, start_runtime, stitched_features,
-                    weights_hash, write_json_lines)
+                    chosen_window, command_line, free_bytes, list_images, load_backbone, open_features, plan_augmentation,
+                    planned_size, prefetch, read_image, read_index, read_json_lines, require_room, require_same_settings, start_runtime,
+                    stitched_features, weights_hash, write_json_lines)
 
 IMAGES_PER_GROUP = 8  # whose windows share batches; fixed, so that a resumed run computes in the same batches
 
@@ -78,6 +81,27 @@ def chosen_augmentation(args):
     if not 0 < low <= high or min(augmentation.long_side, augmentation.short_side, augmentation.min_side) < 1:
         raise WrongCall("--ratio needs 0 < LO <= HI, and --long-side, --short-side and --min-side at least one pixel")
     return augmentation
+
+
+def parse_shard(text):
+    """--shard I/N as (I - 1, N)."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise WrongCall(f"--shard {text}: give I/N with I from 1 to N, such as 1/4, 2/4, 3/4 and 4/4 on four machines")
+    return int(index) - 1, int(count)
+
+
+def estimate_bytes(jobs, root, augmentation, patch, seed, dim, looked_at=500):
+    """Disk needs of some jobs' features, from the sizes of (at most looked_at, evenly spread) pictures: float16, D to a cell."""
+    sizes = []
+    for image, version in jobs[::max(1, len(jobs) // looked_at)]:
+        try:
+            with Image.open(root / image) as picture:
+                size = planned_size(plan_augmentation(picture.size[::-1], augmentation, patch, f"{seed}/{version}/{image}"))
+        except Exception:  # not a picture; it will be noted when its turn comes
+            continue
+        sizes.append(size[0] // patch * (size[1] // patch) * dim * 2 + 128)  # 128: the header of an .npy file
+    return int(np.mean(sizes or [0]) * len(jobs))
 
 
 def feature_path(image, version):
@@ -107,11 +131,11 @@ def load_group(jobs, root, augmentation, patch, seed):
     return loaded
 
 
-def save_features(out, entry, features):
-    """One .npy file, and then its line in the index: whoever finds the line finds a whole file."""
+def save_features(out, index, entry, features):
+    """One .npy file, and then its line in this writer's index: whoever finds the line finds a whole file."""
     with atomic_path(out / entry["file"]) as temporary, open(temporary, "wb") as file:
         np.save(file, features.to(torch.float16).cpu().numpy())
-    append_json_line(out / "index.jsonl", entry)
+    append_json_line(index, entry)
 
 
 def list_backbones():
@@ -137,6 +161,7 @@ def main(args):
     args.backbone = args.backbone or ("tiny" if on_demo else "siglip2")
     versions = args.versions or (3 if on_demo else 1)
     augmentation = chosen_augmentation(args)
+    shard, shards = parse_shard(args.shard)
     images = list_images(root)[:args.limit]
     root = root.parent if root.is_file() else root
 
@@ -149,23 +174,32 @@ def main(args):
         "seed": args.seed, "precision": runtime.precision, "images": str(root), "patch": backbone.patch, "dim": backbone.dim,
         "torch": torch.__version__, "open_clip": open_clip.__version__,
     }
+    me, writers = shard * runtime.world + runtime.rank, shards * runtime.world
+    suffix = "" if writers == 1 else f"-{me + 1}of{writers}"  # every writer appends to files of its own
+    failures = out / f"failures{suffix}.jsonl"
     if runtime.rank == 0:
-        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"))
-        (out / "failures.jsonl").unlink(missing_ok=True)
+        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"), writer=f"{me}-")
+        for old in out.glob("failures*.jsonl") if shards == 1 else ():
+            old.unlink()
     runtime.barrier()
+    failures.unlink(missing_ok=True)
 
-    index = {(entry["image"], entry["version"]): entry for entry in read_json_lines(out / "index.jsonl")}
+    index = {(entry["image"], entry["version"]): entry for entry in read_index(out)}
     jobs = [(image, version) for image in images for version in range(versions)]
     groups = [jobs[first:first + IMAGES_PER_GROUP] for first in range(0, len(jobs), IMAGES_PER_GROUP)]
-    missing = {job for job in jobs if job not in index or not is_done(out, index[job], backbone.dim)}
-    mine = [group for group in groups if missing.intersection(group)][runtime.rank::runtime.world]
+    groups = groups[me::writers]  # by place alone, so that no two writers ever have the same one, whenever they start
+    missing = {job for group in groups for job in group if job not in index or not is_done(out, index[job], backbone.dim)}
+    mine = [group for group in groups if missing.intersection(group)]
     if runtime.rank == 0:
-        print(f"{len(images)} pictures in {root}, {len(jobs) - len(missing)} of {len(jobs)} feature maps are there; "
+        print(f"{len(images)} pictures in {root}, {sum(job in index for job in jobs)} of {len(jobs)} feature maps are there; "
               f"{f'window {window[0]} x {window[1]}, stride {args.stride}' if args.stride else 'single pass'}, weights {'RANDOM' if args.random_init else args.backbone}")
+        need = estimate_bytes([job for job in jobs if job not in index], root, augmentation, backbone.patch, args.seed, backbone.dim)
+        print(f"the missing maps need about {need / 1e9:.2f} GB, and the disk has {free_bytes(out) / 1e9:.0f} GB free")
+        require_room(out, need, "the missing feature maps")
 
     started, cells = time.time(), 0
-    progress = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+    bar = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
+    with bar as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
         writing = []
         for group in prefetch(lambda group: load_group(group, root, augmentation, backbone.patch, args.seed), mine, args.workers):
             usable = [(image, version, plan, pixels) for image, version, plan, pixels, error in group if error is None]
@@ -173,14 +207,14 @@ def main(args):
                 if error is not None and (image, version) in missing:
                     if args.strict:
                         raise RunFailed(f"{error} (--strict)")
-                    append_json_line(out / "failures.jsonl", {"image": image, "version": version, "error": error})
+                    append_json_line(failures, {"image": image, "version": version, "error": error})
                     progress.update()
             maps = stitched_features(backbone, [backbone.normalise(pixels) for *_, pixels in usable], window, args.stride, args.batch_size, runtime.autocast)
             for (image, version, plan, _), features in zip(usable, maps):
                 if (image, version) in missing:
                     assert features.shape == (*(side // backbone.patch for side in planned_size(plan)), backbone.dim)
                     entry = {"image": image, "version": version, "file": feature_path(image, version), **plan, "grid": list(features.shape[:2])}
-                    writing.append(writer.submit(save_features, out, entry, features))
+                    writing.append(writer.submit(save_features, out, out / f"index{suffix}.jsonl", entry, features))
                     cells += features.shape[0] * features.shape[1]
             while writing and (len(writing) > 2 * IMAGES_PER_GROUP or writing[0].done()):
                 writing.pop(0).result()  # a failed write ends the run here
@@ -188,22 +222,29 @@ def main(args):
         for future in writing:
             future.result()
             progress.update()
-    progress.close()
-    runtime.barrier()
+    cells = runtime.add_up(torch.tensor(float(cells), device=runtime.device)).item()
     if runtime.rank == 0:
-        finish(out, jobs, time.time() - started, cells * backbone.dim * 2)
+        finish(out, jobs, shards, me, time.time() - started, cells * backbone.dim * 2)
 
 
-def finish(out, jobs, seconds, size):
-    """Put the index in order, which processes and interruptions have shuffled, and say what came out."""
-    order = {job: position for position, job in enumerate(jobs)}
-    index = {(entry["image"], entry["version"]): entry for entry in read_json_lines(out / "index.jsonl")}
-    write_json_lines(out / "index.jsonl", sorted(index.values(), key=lambda entry: (entry["image"], entry["version"])))
-    failures = read_json_lines(out / "failures.jsonl")
-    print(f"{sum(job in index for job in order)} of {len(jobs)} feature maps in {out} ({size / 1e9:.2f} GB new, {seconds:.0f} s)")
+def finish(out, jobs, shards, me, seconds, size):
+    """Merge what the writers noted, in order, and say what came out. With shards, the last to finish merges all of it."""
+    index = read_index(out)
+    done = {(entry["image"], entry["version"]) for entry in index}
+    failures = {(entry["image"], entry["version"]): entry for path in sorted(out.glob("failures*.jsonl")) for entry in read_json_lines(path)}
+    failures = [failures[job] for job in sorted(failures) if job not in done]
+    write_json_lines(out / "index.jsonl", index, f"{me}-")
+    if failures:
+        write_json_lines(out / "failures.jsonl", failures, f"{me}-")
+    for part in [*out.glob("index-*.jsonl"), *out.glob("failures-*.jsonl")] if shards == 1 else ():
+        part.unlink()  # with shards another machine may still be writing, or merging
+    count = sum(job in done for job in jobs)
+    print(f"{count} of {len(jobs)} feature maps in {out} ({size / 1e9:.2f} GB new, {seconds:.0f} s)")
     if failures:
         print(f"{len(failures)} could not be made; {out / 'failures.jsonl'} says why, for example: {failures[0]['error']}")
-    if not any(job in index for job in order):
+    if count + len(failures) < len(jobs):
+        print("the rest belongs to other shards" if shards > 1 else "the rest is missing; the same command makes it")
+    if not count and shards == 1:
         raise RunFailed(f"none of the pictures could be used; {out / 'failures.jsonl'} says why")
 
 
