@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "data" / "demo"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 IGNORE = 255  # the label that counts nowhere
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 # ---- errors and files ------------------------------------------------------------------------------------------------
@@ -93,6 +96,7 @@ def atomic_path(path, writer=""):
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)  # safetensors would leave it to its owner alone
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -501,7 +505,7 @@ class Backbone(nn.Module):
         return whole.model
 
     def save(self, folder):
-        """Write a folder that plain open_clip loads as local-dir:FOLDER: configuration, weights, and the tokenizer where it is the model's own."""
+        """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer where it is the model's own. Returns how to load it."""
         config = model_config(self.source["name"])["model_cfg"]
         save_open_clip(self.both_towers(), config, folder)
         if config["text_cfg"].get("hf_tokenizer_name"):
@@ -509,6 +513,7 @@ class Backbone(nn.Module):
                 self.tokenizer.tokenizer.save_pretrained(folder)
             except RunFailed as error:
                 print(f"warning: saved without a tokenizer, which open_clip needs beside it: {error}", file=sys.stderr)
+        return f"open_clip.create_model_and_transforms('local-dir:{folder}')"
 
 
 class NativeViT(Backbone):
@@ -666,6 +671,7 @@ class DinoTxt(Backbone):
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.both_towers().state_dict().items()}
         with atomic_path(Path(folder) / DINOV3) as temporary:
             save_file(tensors, temporary, metadata={"license": "DINOv3 License", "architecture": BACKBONES["dinov3txt"]})
+        return f"load_state_dict(safetensors.torch.load_file('{folder}/{DINOV3}')) of the public code's model"
 
 
 def resolve_backbone(name):
@@ -854,7 +860,8 @@ def load_dinotxt(name, random_init, hub_dir, weights):
             raise WrongCall(f"--dinov3-weights {path}: no such file. {where}")
     arguments = {"pretrained": False, "bpe_path_or_url": str(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz"))}
     try:
-        with torch.device("cpu" if random_init else "meta"):  # 0.9 G parameters need no values before the file's
+        with warnings.catch_warnings(), torch.device("cpu" if random_init else "meta"):  # 0.9 G parameters need no values before the file's
+            warnings.simplefilter("ignore")
             if clone is None:
                 model, tokenizer = torch.hub.load("facebookresearch/dinov3", entry, trust_repo=True, **arguments)
             else:

@@ -486,9 +486,9 @@ def main(args):
             print(f"stopped and saved after step {step} of {steps}")
         raise KeyboardInterrupt
     if runtime.rank == 0:
-        student.save(out)
+        loading = student.save(out)
         write_json(out / "spar.json", {**settings, "steps": steps, "loss": read_json_lines(out / "log.jsonl")[-1]["loss"]})
-        print(f"student in {out}: open_clip.create_model_and_transforms('local-dir:{out}')")
+        print(f"student in {out}: {loading}")
         if frozen:
             print(f"frozen tokens in {frozen.folder}: other runs of these blocks use them; delete them when there are none")
 

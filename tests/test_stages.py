@@ -313,7 +313,7 @@ def test_distill_without_features(tmp_path):
     (["--images", "PHOTOS"], WrongCall, "--classes"), (["--classes", "cat"], WrongCall, "--images"),
     (["--images", "PHOTOS", "--classes", "cat, cat"], WrongCall, "'cat'"), (["--images", "PHOTOS", "--classes", "cat", "--masks", "/nowhere"], RunFailed, "no mask"),
     (["--images", "PHOTOS", "--classes", "cat", "--json", "x.json"], WrongCall, "--masks"),
-    (["--checkpoint", "STUDENT", "--backbone", "tiny"], WrongCall, "one of them"), (["--checkpoint", "/nowhere"], RunFailed, "distill.py"),
+    (["--checkpoint", "STUDENT", "--backbone", "tiny"], WrongCall, "must be a file"), (["--checkpoint", "/nowhere"], RunFailed, "distill.py"),
     (["--checkpoint", "STUDENT", "--stride", "24"], WrongCall, "--stride goes with"),
     (["--checkpoint", "STUDENT", "--compare", "--stride", "100"], WrongCall, "--stride 100")])
 def test_wrong_calls_of_evaluate(student, photos, flags, error, message):
