@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -286,7 +287,7 @@ def read_image(path):
             return to_rgb(picture)
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many types for damaged pixels and metadata
         raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -401,9 +402,13 @@ def resize_positions(table, grid, new_grid):
     return image.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(table.dtype)
 
 
-def one_by_one(tokens):
-    """(B, n, C) -> (B * n, 1, C), each token a sequence of its own: attention over the one key is its value, exactly."""
-    return tokens.flatten(0, 1).unsqueeze(1)
+def one_by_one(function, tokens, most=2 ** 15):
+    """function on each token as a sequence of its own, where attention over the one key is its value, exactly: (B, n, C) -> (B, n, C').
+
+    most: sequences at a time (CUDA's attention kernels take fewer than 2^16).
+    """
+    parts = tokens.flatten(0, 1).unsqueeze(1).split(most)  # (B * n, 1, C)
+    return torch.cat([function(part) for part in parts]).view(*tokens.shape[:2], -1)
 
 
 class Backbone(nn.Module):
@@ -487,22 +492,21 @@ class Backbone(nn.Module):
             raise RunFailed(f"the tokenizer of --backbone {name} cannot be loaded: {first_line(error)}. {offline_advice(architecture, tag)}") from error
         if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
             ids, inner = tokenizer(["a"])[0], tokenizer.tokenizer
-            if ids[0] == inner.pad_token_id or inner.eos_token_id not in ids:
+            if ids[0] == inner.pad_token_id or inner.eos_token_id is not None and inner.eos_token_id not in ids:
                 raise RunFailed(f"the tokenizer of --backbone {name} pads on the left or ends no text with {inner.eos_token!r}: its tokenizer.json and "
                                 "tokenizer_config.json are not the ones of this model; fetch them again")
         return tokenizer
 
     def encode_text(self, texts):
-        """N strings -> (N, D) float32, not L2-normalised. The backbone must have been loaded with text=True."""
-        return self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float()
+        """N strings -> (N, D) float32, not L2-normalised."""
+        return self.both_towers().encode_text(self.tokenizer(texts).to(self.mean.device)).float()
 
     def both_towers(self):
         """The model with its text tower, which is fetched from where the image tower came if it was not loaded."""
-        if self.model is not None:
-            return self.model
-        whole = load_backbone(**self.source, text=True)
-        whole.visual.load_state_dict(self.visual.state_dict())
-        return whole.model
+        if self.model is None:
+            self.model = load_backbone(**self.source, text=True, device=self.mean.device).model
+            setattr(self.model, self.visual_prefix[:-1], self.visual)
+        return self.model
 
     def save(self, folder):
         """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer where it is the model's own. Returns how to load it."""
@@ -526,7 +530,7 @@ class NativeViT(Backbone):
             raise WrongCall("its image tower pools twice, or has patches that are not square")
         self.blocks = visual.transformer.resblocks
         self.patch = visual.patch_size[0]
-        self.window = tuple(visual.image_size)
+        self.window = tuple(side * self.patch for side in visual.grid_size)  # what it sees of its image size
         self.dim = visual.output_dim
         self.pooling = "attention" if visual.attn_pool is not None else {"tok": "class token", "avg": "mean"}[visual.pool_type]
 
@@ -542,20 +546,15 @@ class NativeViT(Backbone):
         block = self.blocks[index]
         if index < len(self.blocks) - 1 or self.pooling != "class token":
             return block(tokens)
-        # MaskCLIP: with the identity for attention, its value and output projections remain (one_by_one without its queries and keys)
-        tokens, attention = tokens[:, 1:], block.attn  # the class token serves no patch from here on
-        width = tokens.shape[-1]
-        values = F.linear(block.ln_1(tokens), attention.in_proj_weight[2 * width:], attention.in_proj_bias[2 * width:])
-        tokens = tokens + block.ls_1(attention.out_proj(values))
-        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        return one_by_one(block, tokens[:, 1:])  # MaskCLIP; the class token serves no patch from here on
 
     def project(self, tokens, grid):
         visual = self.visual
         patches = tokens if self.pooling == "class token" else tokens[:, 1:]
         if self.pooling == "attention":  # every query sees the one key, so any of them gives its value
-            pool, shape = visual.attn_pool, patches.shape[:2]
-            keys = pool.ln_k(one_by_one(patches))
-            patches = pool.attn(pool.ln_q(pool.query[:1]).expand(len(keys), 1, -1), keys, keys, need_weights=False)[0].view(*shape, -1)
+            pool = visual.attn_pool
+            query = pool.ln_q(pool.query[:1])
+            patches = one_by_one(lambda keys: pool.attn(query.expand(len(keys), 1, -1), keys, keys, need_weights=False)[0], pool.ln_k(patches))
         return (visual.ln_post(patches) @ visual.proj).unflatten(1, grid)
 
 
@@ -575,7 +574,8 @@ class TimmViT(Backbone):
     def set_sizes(self):
         embedding = self.trunk.patch_embed
         embedding.strict_img_size = False  # it would refuse every size but the native one
-        self.window, self.patch = tuple(embedding.img_size), embedding.feat_ratio()
+        self.patch = embedding.feat_ratio()
+        self.window = tuple(side * self.patch for side in embedding.grid_size)  # SO400M-14-SigLIP-384 sees 378 of its 384 pixels
 
     def embed(self, images):
         trunk, grid = self.trunk, self.grid(images)
@@ -595,7 +595,7 @@ class TimmViT(Backbone):
         if index < len(self.blocks) - 1 or self.pooling != "class token":
             return self.attend(self.blocks[index], tokens, grid)
         patches = tokens[:, self.trunk.num_prefix_tokens:]
-        return self.blocks[index](one_by_one(patches)).view_as(patches)  # MaskCLIP
+        return one_by_one(self.blocks[index], patches)  # MaskCLIP
 
     def project(self, tokens, grid):
         trunk = self.trunk
@@ -663,7 +663,8 @@ class DinoTxt(Backbone):
         return self.visual.head(self.vit.norm(tokens))[:, 1 + self.vit.n_storage_tokens:].unflatten(1, grid)
 
     def encode_text(self, texts):
-        return self.model.encode_text(self.tokenizer.tokenize(texts).to(self.mean.device)).float()[:, self.dim:]  # after the class token's half
+        tokens = self.tokenizer.tokenize(texts).to(self.mean.device)
+        return self.both_towers().encode_text(tokens).float()[:, self.dim:]  # after the class token's half
 
     def save(self, folder):
         """One file, which the public code's model loads strictly with load_state_dict; it stays under the DINOv3 licence."""
@@ -678,7 +679,7 @@ def resolve_backbone(name):
     """A --backbone value as open_clip's (model name, pretrained tag). A folder may be given as it is. Raises WrongCall."""
     import open_clip
     name = str(name)
-    if (Path(name) / "open_clip_config.json").is_file():
+    if name not in BACKBONES and (Path(name) / "open_clip_config.json").is_file():
         name = f"local-dir:{name}"
     identifier = BACKBONES.get(name, name)
     if identifier.startswith(("hf-hub:", "local-dir:")):
@@ -704,6 +705,8 @@ def offline_advice(architecture, tag):
     if repository:
         return (f"Without network, fetch open_clip_config.json, the weights and any tokenizer files of https://huggingface.co/{repository} elsewhere, "
                 "put them into one folder and give --backbone local-dir:FOLDER; where it is gated, accept its licence there and run: hf auth login")
+    if tag and not source:
+        return "The file must hold this architecture's weights; with a tokenizer of its own, it belongs into a folder for --backbone local-dir:FOLDER"
     return f"Without network, fetch {source.get('url', 'the weights')} elsewhere and give --backbone {architecture}/FILE"
 
 
@@ -727,16 +730,23 @@ def model_config(name):
         config = open_clip.get_model_config("ViT-B-16-SigLIP2-512")
         config["vision_cfg"]["timm_model_name"] = "naflexvit_base_patch16_siglip"
         return {"model_cfg": config}
-    if architecture.startswith("local-dir:"):
-        return read_json(Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json", "open_clip")
-    if architecture.startswith("hf-hub:"):
-        config = open_clip.factory._get_hf_config(architecture.removeprefix("hf-hub:"))
+    if ":" in architecture:
+        config = (read_json(Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json", "open_clip") if architecture.startswith("local-dir:") else
+                  open_clip.factory._get_hf_config(architecture.removeprefix("hf-hub:")))
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)  # of NaFlex towers; newer than the open_clip of today
         return config
     config = open_clip.get_model_config(architecture)
     if tag and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"):
         config["quick_gelu"] = True  # as the weights were trained; open_clip only warns
     return {"model_cfg": config}
+
+
+def normalisation(architecture, tag):
+    """Mean and standard deviation of a built-in architecture's pictures: those of its tag, or for a file those of its other published weights."""
+    import open_clip
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    published = open_clip.get_pretrained_cfg(architecture, tag if tag in tags else tags[0]) if tags else {}
+    return {key: published[key] for key in ("mean", "std") if key in published}
 
 
 def weights_file(architecture, tag):
@@ -761,7 +771,7 @@ def load_image_tower(model, path):
     from open_clip.convert import convert_state_dict
     from open_clip.factory import load_state_dict
     state = convert_state_dict(model, load_state_dict(path))
-    model.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}, strict=True)
+    load_strictly(model.visual, {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}, path)
 
 
 STUB = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # stands in for a text tower that is not needed
@@ -772,18 +782,20 @@ def create_open_clip(name, random_init, text, device):
     import open_clip
     architecture, tag = resolve_backbone(name)
     config = model_config(name)["model_cfg"]
+    path = None if random_init else str(weights_file(architecture, tag))
+    whole = text or path is not None and path.endswith(".npz")  # big_vision's files, which open_clip converts whole
     overrides = {"vision_cfg": config["vision_cfg"]}
-    if not text:
+    if "timm_model_name" in config["vision_cfg"]:
+        overrides["vision_cfg"] |= {"timm_model_pretrained": False}
+    if not whole:
         overrides |= {key: STUB for key in ("text_cfg", "multimodal_cfg") if key in config}
     base = "ViT-B-16-SigLIP2-512" if name == "siglip2-naflex" else architecture
-    model = open_clip.create_model(base, None if random_init or ":" in base else tag, load_weights=False, device=device,
-                                   force_quick_gelu=config.get("quick_gelu", False), **overrides)
-    if not random_init:
-        path = weights_file(architecture, tag)
-        if text or str(path).endswith(".npz"):  # big_vision's files, which open_clip converts whole
-            open_clip.factory.load_checkpoint(model, path)
-        else:
-            load_image_tower(model, path)
+    model = open_clip.create_model(base, load_weights=False, pretrained_text=False, device=device, force_quick_gelu=config.get("quick_gelu", False),
+                                   force_preprocess_cfg={} if ":" in base else normalisation(base, tag), **overrides)
+    if path is not None and not path.endswith(".npz"):
+        load_image_tower(model, path)
+    if path is not None and whole:
+        open_clip.factory.load_checkpoint(model, path)
     return model
 
 
@@ -816,9 +828,12 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
         backbone = load_dinotxt(name, random_init, hub_dir, dinov3_weights)
     else:
         architecture, tag = resolve_backbone(name)
-        if not random_init and tag is None and ":" not in architecture:
-            raise WrongCall(f"--backbone {name}: give weights as {architecture}/TAG, where TAG is a file or one of "
-                            f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture)) or '(none are published)'}; or --random-init")
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if not random_init and ":" not in architecture and tag not in tags and not Path(tag or "").is_file():
+            raise WrongCall(f"--backbone {name}: give weights as {architecture}/TAG, where TAG is a file or one of {', '.join(tags) or '(none are published)'}; "
+                            "or --random-init")
+        if tag and tag not in tags and any(open_clip.get_pretrained_cfg(architecture, each).get("quick_gelu") for each in tags):
+            print(f"{name}: taken as trained with GELU; if it was QuickGELU, as OpenAI's weights were, give {architecture}-quickgelu/FILE", file=sys.stderr)
         try:
             with quiet_open_clip():
                 model = create_open_clip(name, random_init, text, device)
@@ -863,13 +878,14 @@ def load_dinotxt(name, random_init, hub_dir, weights):
         with warnings.catch_warnings(), torch.device("cpu" if random_init else "meta"):  # 0.9 G parameters need no values before the file's
             warnings.simplefilter("ignore")
             if clone is None:
-                model, tokenizer = torch.hub.load("facebookresearch/dinov3", entry, trust_repo=True, **arguments)
-            else:
-                sys.path.insert(0, str(clone))  # its hubconf.py would import packages that this model does not need
-                try:
-                    model, tokenizer = getattr(importlib.import_module("dinov3.hub.dinotxt"), entry)(**arguments)
-                finally:
-                    sys.path.remove(str(clone))
+                with contextlib.suppress(ModuleNotFoundError):  # its hubconf.py imports packages that this model does not need; the download is what counts
+                    torch.hub.list("facebookresearch/dinov3", trust_repo=True, verbose=False)
+                clone = Path(torch.hub.get_dir()) / "facebookresearch_dinov3_main"
+            sys.path.insert(0, str(clone))
+            try:
+                model, tokenizer = getattr(importlib.import_module("dinov3.hub.dinotxt"), entry)(**arguments)
+            finally:
+                sys.path.remove(str(clone))
     except Exception as error:  # no network, no such clone, a package that is missing
         raise RunFailed(f"DINOv3's public code cannot be used: {first_line(error)}. {where}") from error
     if student:
@@ -892,6 +908,9 @@ class Unread:
     def __setstate__(self, state):
         pass
 
+    def __setitem__(self, key, value):
+        pass
+
 
 def read_tensors(path):
     """The tensors of a .safetensors or torch file by name, whatever wraps them as "state_dict". Nothing in it is executed. Raises RunFailed."""
@@ -902,10 +921,15 @@ def read_tensors(path):
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Unread, name) for name in unknown]):
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RunFailed(f"{path} holds objects that cannot be passed over without running code of theirs; save its state dict alone, as safetensors") from None
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         raise RunFailed(f"{path} cannot be read as weights: {first_line(error)}") from error
-    state = state.get("state_dict", state)
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise RunFailed(f"{path} holds no state dict (tensors by name), neither itself nor as \"state_dict\"")
+    return tensors
 
 
 def load_strictly(module, tensors, source):
@@ -929,8 +953,9 @@ def load_checkpoint(backbone, path):
         if any(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
             break
-    if backbone.model is None or all(key.startswith(backbone.visual_prefix) for key in tensors):
-        load_strictly(backbone.visual, {key.removeprefix(backbone.visual_prefix): value for key, value in tensors.items()}, path)
+    image = {key.removeprefix(backbone.visual_prefix): value for key, value in tensors.items() if key.startswith(backbone.visual_prefix)}
+    if backbone.model is None or len(image) == len(tensors):
+        load_strictly(backbone.visual, image, path)
     else:
         load_strictly(backbone.model, tensors, path)
 
@@ -1150,8 +1175,11 @@ def read_classes(source, background=None):
     Raises WrongCall for an empty list, an empty name, a repeated one, or more classes than a label PNG can hold.
     """
     if os.path.isfile(source):  # False also for a list of names that is too long for a path
-        where, entries = f"--classes {source}", [line.split(",") for line in Path(source).read_text().strip().splitlines()]
-    elif str(source).endswith(".txt") or os.sep in str(source):
+        try:
+            where, entries = f"--classes {source}", [line.split(",") for line in Path(source).read_text(encoding="utf-8-sig").strip().splitlines()]
+        except UnicodeDecodeError:
+            raise WrongCall(f"--classes {source} is no UTF-8 text; save it as such, one class a line") from None
+    elif str(source).endswith((".txt", ".csv", ".json")) or os.sep in str(source) or os.path.isdir(source):
         raise WrongCall(f"--classes {source}: no such file")
     else:
         where, entries = "--classes", [entry.split("|") for entry in str(source).split(",")] if str(source).strip() else []
@@ -1160,6 +1188,8 @@ def read_classes(source, background=None):
         raise WrongCall(f"{where}: the list is empty; give one class a line, or \"cat, grass | lawn, sky\"")
     if background is not None:
         names.insert(0, [name.strip() for name in background.split(",")])
+        if any(entry[0].lower() == "background" for entry in names[1:]):
+            raise WrongCall(f"{where}: a class called background, beside the one of --background; leave one of them out")
     if len(names) > IGNORE:
         raise WrongCall(f"{where}: {len(names)} classes, but labels are one byte, and {IGNORE} is ignored; at most {IGNORE} classes can be told apart")
     seen = {}

@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("--results", metavar="FILE", nargs="+", help="evaluate nothing: the tables and --plot of files that --json wrote, together")
     add("--save-maps", metavar="DIR",
         help="write label maps, overlays with a legend, PCA pictures and a contact sheet to DIR (own pictures without masks: runs/maps)")
-    add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished run are kept (%(default)s)")
+    add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished run are kept, one folder for all processes (%(default)s)")
     add = parser.add_argument_group("with what").add_argument
     add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
@@ -105,7 +105,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import (DEMO, IGNORE, Classes, Rule, RunFailed, Stitcher, WrongCall, append_json_line, atomic_path, bilinear_strips, check_window,
+from common import (DEMO, DINOV3, IGNORE, Classes, Rule, RunFailed, Stitcher, WrongCall, append_json_line, atomic_path, bilinear_strips, check_window,
                     chosen_window, command_line, dense_features, embed_texts, encode_windows, first_line, fit_to_patches, hub_clone, label_map,
                     list_images, load_backbone, load_checkpoint, prefetch, prepare, read_classes, read_json, read_json_lines, resize_short_side,
                     single_pass_similarities, sliding_window_similarities, start_runtime, stitched_features, weights_hash, window_starts,
@@ -120,7 +120,7 @@ SHEET_ROWS = 6  # pictures in the contact sheet
 
 def open_datasets(args):
     """What the flags ask for. Raises WrongCall or RunFailed before anything long has run."""
-    sides = args.short_side
+    sides = list(dict.fromkeys(args.short_side or [])) or None
     if args.images is not None:
         if args.dataset:
             raise WrongCall("--dataset and --images exclude each other")
@@ -503,14 +503,16 @@ def open_methods(args, runtime):
         teacher = read_json(folder / "spar.json", "distill.py")["teacher"] if compare or (folder / "spar.json").is_file() else {"backbone": str(folder)}
         origin, random_init = teacher["backbone"], teacher.get("random_init", False)
         files = {key: value or teacher.get(key) for key, value in files.items()}
-        pretrained, student = None, load_backbone(folder, device=runtime.device, text=True, **files)
+        if not any((folder / name).is_file() for name in ("open_clip_config.json", DINOV3)):
+            raise RunFailed(f"{folder} holds no finished student: the distill.py command that began it continues, and writes one")
+        pretrained, student = None, load_backbone(folder.absolute(), device=runtime.device, text=True, **files)
     if compare:
         pretrained = load_backbone(origin, random_init, runtime.device, **files)
     model = pretrained or student
     strides = []
     if compare or args.inference == "sliding-window":
         window = chosen_window(model, args.window, 1)
-        strides = args.stride or [min(window) // 2, 24]
+        strides = list(dict.fromkeys(args.stride or [min(window) // 2, 24]))
         for stride in strides:
             check_window(window, stride, model.patch)
 
@@ -531,7 +533,7 @@ def rule_of(method, dataset, args):
     rule = benchmark_rule(dataset.name, method.origin) if dataset.name in BENCHMARKS and method.refine == "none" else Rule()
     given = (args.logit_scale, args.prob_threshold, args.area_threshold)
     rule = Rule(*(default if value is None else value for value, default in zip(given, (rule.logit_scale, rule.threshold, rule.area_threshold))))
-    if rule.logit_scale <= 0 or not (0 <= rule.threshold < 1 and 0 <= rule.area_threshold < 1):
+    if not rule.logit_scale > 0 or not (0 <= rule.threshold < 1 and 0 <= rule.area_threshold < 1):
         raise WrongCall("--logit-scale must be positive, --prob-threshold and --area-threshold from 0 to under 1")
     if (rule.threshold or rule.area_threshold) and not dataset.classes.background:
         raise WrongCall(f"--prob-threshold and --area-threshold send pixels to a background class, and {dataset.name} has none; "
@@ -593,6 +595,8 @@ class Tally:
 
 def result_row(method, dataset, short_side, rule, tally):
     """One entry of the JSON's results."""
+    if not tally.confusion.any():
+        raise RunFailed(f"{dataset.name}: no pixel of these masks counts, so there is nothing to score ({IGNORE} is ignored)")
     iou, miou, accuracy = scores(tally.confusion)
     return {"dataset": dataset.name, "method": method.name, "refine": method.refine, "upsampler": method.upsampler, "short_side": short_side,
             "miou": miou, "pixel_accuracy": accuracy, "images": len(tally.done), "unreadable": sorted(tally.failed),
@@ -764,51 +768,53 @@ def evaluate(dataset, short_side, methods, rules, texts, anyup, tallies, maps, a
     """Every method on the pictures that are this process's and not done yet: counts into the tallies, maps into the folder `maps` if it is not None."""
     classes = dataset.classes
     shown = SHEET_ROWS if maps else 0  # pictures of the contact sheet, which the first process needs whatever is done
-    missing = [k for k, image in enumerate(dataset.images) if k < shown or any(image not in tally.done for tally in tallies) or not tallies]
+    folders = [maps / method.label.replace("/", "-").replace(" ", "") if len(methods) > 1 else maps for method in methods] if maps else [None] * len(methods)
+
+    def finished(position, name):
+        return tallies and name in tallies[position].done and (not maps or (folders[position] / f"{name}.pca.png").is_file())
+
+    missing = [k for k, name in enumerate(dataset.images) if k < shown or not all(finished(position, name) for position in range(len(methods)))]
     mine = [k for k in missing if k < shown and runtime.rank == 0] + [k for k in missing if k >= shown][runtime.rank::runtime.world]
     sheet, shares, warm, failures = [], [], set(), 0
-    progress = tqdm(total=len(mine) * len(methods), desc=dataset.name + (f" {short_side}" if short_side else ""), unit="map", disable=runtime.rank > 0)
-    for k, (image, labels, error) in zip(mine, prefetch(lambda k: load_sample(dataset, k), mine, args.workers)):
-        name = dataset.images[k]
-        if error:
-            progress.write(f"left out: {error}")
-            progress.update(len(methods))
-            failures += 1
-            for tally in tallies:
-                tally.fail(name, error)
-            continue
-        size = image.shape[-2:]
-        resized = resize_short_side(image, short_side) if short_side else image
-        row = [image] if labels is None else [image, labels]
-        for position, method in enumerate(methods):
-            tally = tallies[position] if tallies else None
-            known = tally is not None and name in tally.done
-            if known and k >= shown:
-                progress.update()
+    bar = tqdm(total=len(mine) * len(methods), desc=dataset.name + (f" {short_side}" if short_side else ""), unit="map", disable=runtime.rank > 0)
+    with bar as progress:
+        for k, (image, labels, error) in zip(mine, prefetch(lambda k: load_sample(dataset, k), mine, args.workers)):
+            name = dataset.images[k]
+            if error:
+                progress.write(f"left out: {error}")
+                progress.update(len(methods))
+                failures += 1
+                for tally in tallies:
+                    tally.fail(name, error)
                 continue
-            inputs = (resized, size, classes, texts, rules[position], anyup, args, runtime)
-            if position not in warm:
-                method.predict(*inputs)  # warm-up, not timed
-                warm.add(position)
-            started = time.perf_counter()
-            predictions = method.predict(*inputs)
-            seconds = time.perf_counter() - started
-            row.append(predictions)
-            if tally is not None and not known:
-                tally.add(name, labels, predictions, seconds)
-                progress.set_postfix_str(f"{method.label} mIoU {scores(tally.confusion)[1]:.1f}", refresh=False)
-            if maps:
-                folder = maps / method.label.replace("/", "-").replace(" ", "") if len(methods) > 1 else maps
-                save_maps(folder, name, image, predictions, method.features(resized, args, runtime), classes)
-                if tally is None:
+            size = image.shape[-2:]
+            resized = resize_short_side(image, short_side) if short_side else image
+            row = [image] if labels is None else [image, labels]
+            for position, method in enumerate(methods):
+                if k >= shown and finished(position, name):
+                    progress.update()
+                    continue
+                inputs = (resized, size, classes, texts, rules[position], anyup, args, runtime)
+                if position not in warm:
+                    method.predict(*inputs)  # warm-up, not timed
+                    warm.add(position)
+                started = time.perf_counter()
+                predictions = method.predict(*inputs)
+                seconds = time.perf_counter() - started
+                row.append(predictions)
+                if maps:  # before the picture counts as done
+                    save_maps(folders[position], name, image, predictions, method.features(resized, args, runtime), classes)
+                if not tallies:
                     areas = (torch.bincount(predictions.flatten(), minlength=len(classes)) / predictions.numel()).tolist()
                     shares.append([name, method.label, *(f"{100 * area:.2f}" for area in areas)])
                     progress.write(f"{name} ({method.label}): " + ", ".join(
                         f"{classes.titles[c]} {100 * areas[c]:.1f} %" for c in sorted(range(len(classes)), key=lambda c: -areas[c]) if areas[c] > 0))
-            progress.update()
-        if k < shown:
-            sheet.append(row)
-    progress.close()
+                elif name not in tallies[position].done:
+                    tallies[position].add(name, labels, predictions, seconds)
+                    progress.set_postfix_str(f"{method.label} mIoU {scores(tallies[position].confusion)[1]:.1f}", refresh=False)
+                progress.update()
+            if k < shown:
+                sheet.append(row)
     if sheet:
         titles = ["picture"] + ["labels"] * (dataset.masks is not None) + [method.title + method.label.removeprefix(method.name) for method in methods]
         save_picture(contact_sheet(sheet, titles, classes), maps / "sheet.png")
@@ -835,12 +841,13 @@ def text_hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def tally_path(args, settings, dataset, short_side, method, rule):
-    """The file of a run's counts, whose name changes with everything that they depend on, the files' sizes included."""
-    files = [(str(path), path.stat().st_size if path.exists() else 0) for path in [*(dataset.root / image for image in dataset.images), *dataset.masks]]
+def tally_path(args, settings, dataset, texts, short_side, method, rule):
+    """The file of a run's counts, whose name changes with everything that they depend on, the files' sizes and dates included."""
+    files = [(str(path), *((path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()))
+             for path in [*(dataset.root / image for image in dataset.images), *dataset.masks]]
     # other rows may come and go
     settings = settings | {"weights": settings["weights"][method.label], "refine": method.refine, "upsampler": method.upsampler}
-    key = text_hash([settings, dataset.classes.names, short_side, method.label, [rule.logit_scale, rule.threshold, rule.area_threshold], files])[:12]
+    key = text_hash([settings, dataset.classes.names, hashlib.sha256(texts.cpu().numpy()).hexdigest(), short_side, method.label, [rule.logit_scale, rule.threshold, rule.area_threshold], files])[:12]
     return Path(args.state) / f"{Path(dataset.name).name}-{method.label.replace('/', '-').replace(' ', '')}-{short_side or 'own'}-{key}.jsonl"
 
 
@@ -884,23 +891,24 @@ def main(args):
         check_masks(dataset, args, runtime)
     runtime.barrier()
     settings = protocol_settings(args, runtime, methods, anyup)
-    if args.random_init and runtime.rank == 0:
+    if args.random_init and args.backbone and not args.checkpoint and runtime.rank == 0:
         print("RANDOM WEIGHTS (--random-init): times mean something, scores and maps do not")
 
+    maps = Path(args.save_maps or "runs/maps") if args.save_maps or datasets[0].masks is None else None
+    if maps and args.images and Path(args.images).is_dir() and maps.resolve().is_relative_to(Path(args.images).resolve()):
+        raise WrongCall(f"--save-maps {maps} lies inside --images {args.images}, where the next run would take the maps for pictures; give a folder outside")
     rows, tallies = [], []
     for dataset, dataset_rules in zip(datasets, rules):
         texts = embed_texts(methods[-1].backbone, dataset.classes.flat)  # the student's text tower is the pre-trained one
         for short_side in dataset.short_sides:
-            maps = Path(args.save_maps or "runs/maps") if args.save_maps or dataset.masks is None else None
+            folder = maps
             if maps:
-                maps = maps.joinpath(*[dataset.name] * (len(datasets) > 1), *[str(short_side)] * (len(dataset.short_sides) > 1))
+                folder = maps.joinpath(*[dataset.name] * (len(datasets) > 1), *[str(short_side)] * (len(dataset.short_sides) > 1))
             each = [] if dataset.masks is None else [
-                Tally(tally_path(args, settings, dataset, short_side, *pair), len(dataset.classes), runtime) for pair in zip(methods, dataset_rules)]
+                Tally(tally_path(args, settings, dataset, texts, short_side, *pair), len(dataset.classes), runtime) for pair in zip(methods, dataset_rules)]
             announce(dataset, short_side, methods, dataset_rules, each, args, runtime)
-            failures = evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, each, maps, args, runtime)
-            failures = torch.tensor(failures, device=runtime.device)
-            if runtime.world > 1:
-                torch.distributed.all_reduce(failures)  # all processes have come here, and written their counts
+            failures = evaluate(dataset, short_side, methods, dataset_rules, texts, anyup, each, folder, args, runtime)
+            failures = int(runtime.add_up(torch.tensor(failures, device=runtime.device)))  # all processes have come here, and written their counts
             if runtime.rank > 0:
                 continue
             if failures == len(dataset.images):
@@ -908,14 +916,18 @@ def main(args):
             if each:
                 for tally in each:
                     tally.read()
+                    lost = set(dataset.images) - tally.done - tally.failed.keys()
+                    if lost:
+                        raise RunFailed(f"the counts of {len(lost)} pictures are missing in {tally.path}: --state must be a folder that all processes share, "
+                                        "with one run at a time; the same command makes them")
                 rows += [result_row(method, dataset, short_side, *pair) for method, *pair in zip(methods, dataset_rules, each)]
                 print_table(rows[-len(methods):])
                 for method, tally in zip(methods, each):
                     warn_of_nonsense(method, tally.confusion, dataset.classes)
             if failures:
                 print(f"{failures} of {len(dataset.images)} pictures could not be read and are left out")
-            if maps:
-                print(f"maps in {maps}, the first {min(SHEET_ROWS, len(dataset.images))} side by side in {maps / 'sheet.png'}")
+            if folder:
+                print(f"maps in {folder}, the first {min(SHEET_ROWS, len(dataset.images))} side by side in {folder / 'sheet.png'}")
             tallies += each
     if runtime.rank > 0:
         return
@@ -958,13 +970,16 @@ def read_results(paths):
     for path in paths:
         report = read_json(path, "evaluate_ovs.py --json")
         try:
-            files[Path(path).stem] = [row for row in report["results"] if row["miou"] + row["seconds_per_image"] >= 0 and
-                                      {"dataset", "refine", "upsampler", "short_side"} <= row.keys()]
+            files[str(path)] = [row for row in report["results"] if row["miou"] + row["seconds_per_image"] >= 0 and
+                                {"method", "dataset", "refine", "upsampler", "short_side"} <= row.keys()]
         except (KeyError, TypeError):
             raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json") from None
+        if not files[str(path)]:
+            raise RunFailed(f"{path} holds no results with a score")
+    stems = [Path(path).stem for path in files]
     rows = [row for each in files.values() for row in each]
     if len({(row_label(row), row["dataset"], row["short_side"]) for row in rows}) < len(rows):
-        rows = [row | {"method": f"{stem}: {row['method']}"} for stem, each in files.items() for row in each]
+        rows = [row | {"method": f"{Path(path).stem if stems.count(Path(path).stem) == 1 else path}: {row['method']}"} for path, each in files.items() for row in each]
     return rows
 
 

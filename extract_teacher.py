@@ -146,9 +146,10 @@ def list_backbones():
             with torch.device("meta"):
                 backbone = load_backbone(name, random_init=True, device="meta")
             known += 1
-            print(f"{name:36} patch {backbone.patch}, {backbone.window[0]} x {backbone.window[1]}, {len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
+            native = f"{backbone.window[0]} x {backbone.window[1]}" if backbone.window else "any size"
+            print(f"{name:36} patch {backbone.patch}, {native}, {len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
                   f"pooled by {backbone.pooling}; {len(open_clip.list_pretrained_tags_by_model(name))} published weights")
-        except WrongCall as error:
+        except (WrongCall, RunFailed) as error:
             print(f"{name:36} no: {str(error).partition(': ')[2]}")
     print(f"{known} of {len(open_clip.list_models())} architectures work; besides them, siglip2-naflex and dinov3txt")
 
@@ -169,7 +170,8 @@ def main(args):
     backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
     window = chosen_window(backbone, args.window, args.stride)
     settings = {
-        "backbone": args.backbone, "random_init": args.random_init, "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights, "weights": weights_hash(backbone), "stride": args.stride, "window": window and list(window),
+        "backbone": args.backbone, "random_init": args.random_init, "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights,
+        "weights": weights_hash(backbone), "stride": args.stride, "window": window and list(window),
         "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)} if augmentation else "none", "versions": versions,
         "seed": args.seed, "precision": runtime.precision, "images": str(root), "patch": backbone.patch, "dim": backbone.dim,
         "torch": torch.__version__, "open_clip": open_clip.__version__,

@@ -169,7 +169,7 @@ def read_label_ids(path, size=None):
     try:
         with Image.open(path) as picture:
             ids = np.asarray(picture)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
     if ids.ndim != 2:
         raise RunFailed(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")

@@ -71,11 +71,11 @@ def test_text_embeddings_equal_open_clips(micro, backbone):
 
 
 def test_flops_are_those_of_the_matrix_products(backbone):
-    """Against the formula for a ViT whose last block keeps its value path only (width 32, 3 blocks, MLP ratio 4, D = 24)."""
+    """Against the formula for a ViT whose last block lets each token attend to itself alone (width 32, 3 blocks, MLP ratio 4, D = 24)."""
     n, width = 6 * 10, 32
     attended = 24 * (n + 1) * width ** 2 + 4 * (n + 1) ** 2 * width
-    value_path = 20 * n * width ** 2
-    assert backbone.flops((96, 160)) == 2 * attended + value_path + 2 * n * width * (3 * 16 ** 2 + 24)
+    alone = 24 * n * width ** 2 + 4 * n * width
+    assert backbone.flops((96, 160)) == 2 * attended + alone + 2 * n * width * (3 * 16 ** 2 + 24)
     assert all(not parameter.is_meta for parameter in backbone.parameters())
 
 
@@ -101,8 +101,9 @@ def test_segment_is_the_best_name(backbone):
 def test_unknown_and_unsuitable_backbones_are_refused(tmp_path):
     with pytest.raises(WrongCall, match="tiny, siglip2, openclip.*ARCH"):
         load_backbone("no-such-model")
-    with pytest.raises(WrongCall, match="laion2b"):
-        load_backbone("ViT-B-32")
+    for name in ("ViT-B-32", "ViT-B-32/laion3b"):
+        with pytest.raises(WrongCall, match="laion2b"):
+            load_backbone(name)
     with pytest.raises(WrongCall, match="ModifiedResNet"):
         load_backbone("RN50/openai", random_init=True)
     with pytest.raises(RunFailed, match="open_clip_config.json"):

@@ -100,6 +100,8 @@ def test_reader_and_miou(name, root, micro, tmp_path, quick_texts):
                 either[wanted] += 1
                 either[predicted] += wanted != predicted
     iou = 100 * hits[either > 0] / either[either > 0]
+    rule = benchmark_rule(name, micro)
+    assert (row["logit_scale"], row["prob_threshold"], row["area_threshold"]) == (rule.logit_scale, rule.threshold, rule.area_threshold)
     assert row["miou"] == pytest.approx(iou.mean()) and row["images"] == 3 and row["dataset"] == report["dataset"] == name
     assert list(row["per_class_iou"]) == classes.titles and classes.titles[0] == {"voc21": "background", "context60": "background", "ade20k": "wall", "cityscapes": "road"}.get(name, "aeroplane")
     assert {"torch", "open_clip", "timm", "weights", "names_sha256", "resize", "templates", "short_side", "precision"} <= report["settings"].keys()
@@ -296,11 +298,51 @@ def test_unreadable_pictures_are_left_out_and_counted(own, micro, tmp_path, caps
 
 def test_two_processes_count_the_same_pixels(own, micro, tmp_path):
     flags = [*own, "--backbone", micro, "--refine", "none", "lposs"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finish(command(*flags, "--json", tmp_path / "one.json"))
-    output = finish(command(*flags, "--json", tmp_path / "two.json", "--save-maps", tmp_path / "maps",
-                            launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]))
+    output = finish(command(*flags, "--json", tmp_path / "two.json", launcher=launcher))
     assert result(tmp_path / "one.json") == result(tmp_path / "two.json") and output.count("mIoU") >= 1
-    assert len(list((tmp_path / "maps").rglob("*.labels.png"))) == 8
+    finish(command(*flags, "--json", tmp_path / "maps.json", "--save-maps", tmp_path / "maps", launcher=launcher))
+    assert result(tmp_path / "one.json") == result(tmp_path / "maps.json") and len(list((tmp_path / "maps").rglob("*.labels.png"))) == 8
+
+
+def test_counts_that_are_lost_are_not_passed_over(own, micro, monkeypatch):
+    monkeypatch.setattr(evaluate_ovs.Tally, "add", lambda self, image, *rest: None if image == "2.png" else add(self, image, *rest))
+    with pytest.raises(RunFailed, match="counts of 1 pictures are missing"):
+        run(*own, "--backbone", micro)
+
+
+add = evaluate_ovs.Tally.add
+
+
+def test_maps_that_an_interruption_left_out_are_made(own, micro, tmp_path, monkeypatch):
+    save_maps, calls = evaluate_ovs.save_maps, []
+
+    def failing(*inputs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        save_maps(*inputs)
+
+    monkeypatch.setattr(evaluate_ovs, "save_maps", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(*own, "--backbone", micro, "--save-maps", tmp_path / "maps")
+    monkeypatch.undo()
+    run(*own, "--backbone", micro, "--save-maps", tmp_path / "maps")
+    assert len(list((tmp_path / "maps").rglob("*.pca.png"))) == 4
+
+
+def test_the_protocol_is_the_published_one():
+    """Short sides, thresholds and counts as protocol tables state them; the rule of a student is its teacher's."""
+    table = {"voc21": (672, 1449, (65, 0, 0), (65, 0.1, 0.1)), "voc20": (672, 1449, (40, 0, 0), (40, 0, 0)), "cityscapes": (None, 500, (40, 0, 0), (40, 0, 0)),
+             "ade20k": (672, 2000, (40, 0, 0), (40, 0, 0)), "context60": (672, 5104, (50, 0.1, 0), (50, 0.1, 0)), "context59": (672, 5104, (40, 0, 0), (40, 0, 0))}
+    args = evaluate_ovs.parse_args([])
+    for name, (short_side, count, rule, openclip) in table.items():
+        assert (BENCHMARKS[name].short_side, BENCHMARKS[name].layout.count) == (short_side, count)
+        dataset = evaluate_ovs.Dataset(name, None, [], [], [], benchmark_classes(name), [short_side])
+        for origin, refine, expected in (("siglip2", "none", rule), ("openclip", "none", openclip), ("ViT-B-16/laion2b_s34b_b88k", "none", openclip)):
+            assert evaluate_ovs.rule_of(evaluate_ovs.Method("spar", "", None, origin, refine=refine), dataset, args) == Rule(*expected)
+        assert evaluate_ovs.rule_of(evaluate_ovs.Method("spar", "", None, "openclip", refine="lposs"), dataset, args) == Rule()
 
 
 def test_an_interrupted_run_continues_to_the_same_counts(own, micro, tmp_path, monkeypatch, capsys):
@@ -334,7 +376,7 @@ def test_other_settings_do_not_continue(own, micro, tmp_path):
         (dataset,), runtime = evaluate_ovs.open_datasets(args), evaluate_ovs.start_runtime("cpu")
         (method,) = evaluate_ovs.open_methods(args, runtime)
         rule = evaluate_ovs.rule_of(method, dataset, args)
-        return evaluate_ovs.tally_path(args, evaluate_ovs.protocol_settings(args, runtime, [method], None), dataset, dataset.short_sides[0], method, rule)
+        return evaluate_ovs.tally_path(args, evaluate_ovs.protocol_settings(args, runtime, [method], None), dataset, torch.zeros(2), dataset.short_sides[0], method, rule)
 
     paths = [path(), path("--short-side", 64), path("--limit", 3), path("--refine", "lposs"), path("--background", "wall", "--prob-threshold", 0.1), path("--background", "wall")]
     assert len(set(paths)) == len(paths) and path() == paths[0]

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -160,6 +161,16 @@ def test_text_tower_is_loaded_where_text_is_needed_only(siglip, monkeypatch):
     assert torch.equal(lean.encode_dense(images), whole.encode_dense(images))
 
 
+@torch.no_grad()
+def test_a_tokenizer_without_an_end_token_is_fine(siglip, tmp_path):
+    """As CLIPA's, which is BERT's."""
+    import shutil
+    shutil.copytree(siglip.removeprefix("local-dir:"), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}))
+    assert embed_texts(load_backbone(tmp_path / "model"), ["cat"]).shape == (1, 96)
+
+
 @pytest.mark.parametrize("change", [{"padding_side": "left"}, {"eos": False}])
 def test_a_tokenizer_that_would_feed_garbage_is_refused(siglip, tmp_path, change):
     import shutil
@@ -245,6 +256,13 @@ def test_official_checkpoints_load_strictly(prefix, towers, micro, tmp_path, mon
     torch.save({key: value for key, value in state.items() if key != name} | {prefix + "visual.extra": torch.zeros(1), prefix + "visual.proj": torch.zeros(2)}, "bad.ckpt")
     with pytest.raises(RunFailed, match="1 missing .*conv1.weight.*1 unknown .*extra.*1 of another shape .*proj"):
         load_checkpoint(student, "bad.ckpt")
+    lean = load_backbone(micro)
+    load_checkpoint(lean, "spar.ckpt")
+    assert torch.equal(lean.encode_dense(images), teacher.encode_dense(images))
+    for value in (["no state dict"], {"epoch": 1}, {"state_dict": [1]}):
+        torch.save(value, "other.ckpt")
+        with pytest.raises(RunFailed, match="other.ckpt holds no state dict"):
+            load_checkpoint(student, "other.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "spar.ckpt").read_bytes()[:2000])
     with pytest.raises(RunFailed, match="cut.ckpt cannot be read as weights"):
         load_checkpoint(student, "cut.ckpt")
@@ -258,10 +276,53 @@ def test_official_checkpoints_load_strictly(prefix, towers, micro, tmp_path, mon
 def test_failed_downloads_end_in_one_line(monkeypatch, error, said):
     def download(*args, **kwargs):
         raise error if isinstance(error, OSError) else RuntimeError(error)
-    monkeypatch.setattr("open_clip.factory.download_pretrained", download)
+    monkeypatch.setattr("open_clip.download_pretrained", download)
     with pytest.raises(RunFailed, match=said) as caught:
         load_backbone("siglip2")
     assert "\n" not in str(caught.value) and "local-dir:FOLDER" in str(caught.value)
+
+
+SIGLIP, CLIP = (0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.mark.parametrize("name, mean", [("siglip2", SIGLIP), ("siglip2-naflex", SIGLIP), ("openclip", CLIP), ("PE-Core-T-16-384", SIGLIP), ("ViT-B-32/openai", CLIP)])
+def test_pictures_are_normalised_as_the_weights_were_trained(name, mean):
+    assert torch.allclose(load_backbone(name, random_init=True).mean.flatten(), torch.tensor(mean), atol=1e-6)
+
+
+@torch.no_grad()
+def test_quick_gelu_follows_the_tag_and_goes_with_the_student(tmp_path, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-S-32-alt", {"quick": {"url": "", "quick_gelu": True}, "plain": {"url": ""}})
+    for tag, activation in (("quick", "QuickGELU"), ("plain", "GELU")):
+        backbone = load_backbone(f"ViT-S-32-alt/{tag}", random_init=True)
+        assert type(backbone.blocks[0].mlp.gelu).__name__ == activation
+        backbone.save(tmp_path / tag)
+        model = open_clip.create_model(f"local-dir:{tmp_path / tag}")
+        assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == activation
+
+
+def test_every_plain_vit_of_open_clip_works_and_its_window_is_whole_patches(capsys):
+    from extract_teacher import list_backbones
+    list_backbones()
+    lines = capsys.readouterr().out.splitlines()
+    refused = [line.split()[0] for line in lines if " no: " in line]
+    assert all(name.startswith(("convnext", "RN", "swin", "MobileCLIP-S", "MobileCLIP2-S", "vit_relpos")) for name in refused), refused
+    for line in lines[:-1]:
+        if " no: " not in line:
+            patch, height, width = (int(number) for number in re.search(r"patch (\d+), (\d+) x (\d+)", line).groups())
+            assert height % patch == width % patch == 0, line
+    assert lines[-1].startswith(f"{len(open_clip.list_models()) - len(refused)} of {len(open_clip.list_models())} ")
+
+
+def test_readme_snippet_runs(monkeypatch):
+    from pathlib import Path
+    root = Path(__file__).resolve().parent.parent
+    snippet = re.search(r"## From Python\n\n```python\n(.*?)```", (root / "README.md").read_text(), re.S).group(1)
+    monkeypatch.chdir(root)
+    names = {}
+    exec(snippet.replace('"runs/spar"', '"tiny"'), names)
+    height, width = names["image"].size[::-1]
+    assert names["labels"].shape == (height, width) and names["features"].shape[:2] == (round(height / 16), round(width / 16))
 
 
 def test_what_cannot_work_is_refused_with_its_reason():
