@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import common
-from common import DinoTxt, RunFailed, WrongCall, dense_features, embed_texts, load_backbone, load_checkpoint, segment
+from common import DinoTxt, RunFailed, WrongCall, embed_texts, load_backbone, load_checkpoint, segment
 from conftest import MICRO
 
 
