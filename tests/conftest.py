@@ -1,5 +1,6 @@
 """A small backbone and small pictures that the tests make themselves; nothing is downloaded."""
 import json
+import os
 
 import numpy as np
 import open_clip
@@ -18,6 +19,18 @@ MICRO = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]},
 }
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For comparisons to the last bit between processes: a resized picture differs by a level here and there with the number of threads."""
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    del os.environ["OMP_NUM_THREADS"]
+    os.environ |= {"OMP_NUM_THREADS": variable} if variable else {}
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from common import RunFailed, WrongCall, read_index, read_json_lines
 from test_stages import SMALL, files, run
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ import evaluate_ovs
 from common import Classes, RunFailed, WrongCall, bilinear_strips, dense_features, fit_to_patches, label_map, single_pass_similarities, to_rgb
 from evaluate_ovs import AnyUp, Method, PixelGraph, best_synonyms, conjugate_gradients, patch_graph, propagate_patches, propagate_pixels, rgb_to_lab
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def flags(*extra):
     return evaluate_ovs.parse_args([str(flag) for flag in extra])
