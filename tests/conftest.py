@@ -21,6 +21,12 @@ MICRO = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Random numbers that do not depend on which tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For comparisons to the last bit between processes: a resized picture differs by a level here and there with the number of threads."""

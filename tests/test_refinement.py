@@ -139,9 +139,11 @@ def test_refined_prediction_end_to_end(backbone):
     pixels = propagate_pixels(fit_to_patches(image, 16), patches, args)
     for refine, maps in (("lposs", patches), ("lposs+", pixels)):
         best = torch.stack([maps[..., :2].amax(-1), maps[..., 2]])
-        expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+        expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0]
+        clear = (expected[0] - expected[1]).abs() > 1e-5
         method = Method("single-pass", "", backbone, "", refine=refine)
-        assert (method.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args, runtime) == expected).double().mean() > 0.999
+        labels = method.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args, runtime)
+        assert torch.equal(labels[clear], expected.argmax(0)[clear]) and clear.double().mean() > 0.9
     windows = Method("sliding-window/24", "", backbone, "", stride=24, refine="lposs")
     assert windows.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args, runtime).shape == size
     covering = Method("sliding-window/64", "", backbone, "", stride=64, refine="lposs")  # one window, which is the single pass
