@@ -411,6 +411,19 @@ def one_by_one(function, tokens, most=2 ** 15):
     return torch.cat([function(part) for part in parts]).view(*tokens.shape[:2], -1)
 
 
+def self_attention(attention, tokens, values_only=False):
+    """An nn.MultiheadAttention of tokens (B, n, C) with themselves, or the values alone, which is what each token sees of itself.
+
+    The module itself puts n before B, and for that torch's matrix products in bf16 on a CPU copy the weights once per sequence.
+    """
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    if values_only:
+        width = tokens.shape[-1]
+        return attention.out_proj(F.linear(tokens, weight[2 * width:], bias[2 * width:]))
+    queries, keys, values = F.linear(tokens, weight, bias).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attention.out_proj(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
+
+
 class Backbone(nn.Module):
     """A vision-language ViT as a dense feature extractor for images of any size; one subclass per family of towers.
 
@@ -544,9 +557,13 @@ class NativeViT(Backbone):
 
     def run_block(self, index, tokens, grid):
         block = self.blocks[index]
-        if index < len(self.blocks) - 1 or self.pooling != "class token":
-            return block(tokens)
-        return one_by_one(block, tokens[:, 1:])  # MaskCLIP; the class token serves no patch from here on
+        values_only = index == len(self.blocks) - 1 and self.pooling == "class token"  # MaskCLIP
+        if values_only:
+            tokens = tokens[:, 1:]  # the class token serves no patch from here on
+        if not isinstance(block.attn, nn.MultiheadAttention):
+            return one_by_one(block, tokens) if values_only else block(tokens)
+        tokens = tokens + block.ls_1(self_attention(block.attn, block.ln_1(tokens), values_only))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
     def project(self, tokens, grid):
         visual = self.visual
@@ -1048,32 +1065,34 @@ class Stitcher:
     def __init__(self, size, window, stride, patch, cell, outputs, device="cpu"):
         axes = [stitch_matrices(length, side, stride, patch, cell, out).to(device, torch.float32) for length, side, out in zip(size, window, outputs)]
         self.rows, self.columns = axes  # (A, H', i), (B, W', j)
+        self.row_spans, self.column_spans = [[self.span(weights) for weights in axis] for axis in axes]
         self.row_sum = self.out = None
         self.next = 0
 
+    @staticmethod
+    def span(weights):
+        """The outputs that a window touches, as a slice, from its matrix (outputs, features)."""
+        used = weights.any(1).nonzero()
+        return slice(int(used[0]), int(used[-1]) + 1)
+
     def add(self, maps):
         """The next windows in reading order: (n, i, j, C), summed in float32."""
-        while len(maps):
+        for features in maps:
             row, column = divmod(self.next, len(self.columns))
-            taken = maps[:len(self.columns) - column].float()  # (n', i, j, C), all of one row of windows
             if column == 0:
-                self.row_sum = taken.new_zeros(taken.shape[1], self.columns.shape[1], taken.shape[3])
-            weights = self.columns[column:column + len(taken)].transpose(0, 1).flatten(1)  # (W', n' * j)
-            used = weights.any(1).nonzero()
-            span = slice(int(used[0]), int(used[-1]) + 1)  # the output columns that these windows touch
-            self.row_sum[:, span] += weights[span] @ taken.transpose(0, 1).flatten(1, 2)  # (i, W'', C)
-            self.next += len(taken)
-            maps = maps[len(taken):]
-            if column + len(taken) == len(self.columns):
-                self.add_row(self.rows[row])
+                self.row_sum = features.new_zeros(features.shape[0], self.columns.shape[1], features.shape[2], dtype=torch.float32)
+            span = self.column_spans[column]
+            self.row_sum[:, span].baddbmm_(self.columns[column, span].expand(len(features), -1, -1), features.float())  # (i, W'', C)
+            if column == len(self.columns) - 1:
+                self.add_row(row)
+            self.next += 1
 
-    def add_row(self, weights):
-        """weights: (H', i) of a row of windows whose columns are joined."""
+    def add_row(self, row):
+        """A row of windows whose columns are joined."""
         if self.out is None:
             self.out = self.row_sum.new_zeros(self.rows.shape[1], *self.row_sum.shape[1:])
-        used = weights.any(1).nonzero()
-        span = slice(int(used[0]), int(used[-1]) + 1)
-        self.out[span] += (weights[span] @ self.row_sum.flatten(1)).unflatten(1, self.row_sum.shape[1:])
+        span = self.row_spans[row]
+        self.out[span].flatten(1).addmm_(self.rows[row, span], self.row_sum.flatten(1))
 
     def result(self):
         """(H', W', C) float32, once every window was added."""

@@ -1,17 +1,29 @@
-"""Measurements that take too long for the test suite.
+"""Measurements that take too long for the test suite, each of two sides in turn in the same run, with medians of their ratios.
 
-    python tests/benchmark.py distill                                   # ViT-B/16 with the last two blocks trained; 6 minutes on a CPU core
+    python tests/benchmark.py                                # all but distill; 12 minutes on 2 CPU cores
+    python tests/benchmark.py stitching single-pass          # some of them
+    python tests/benchmark.py --device cuda --images 16 --backbone ViT-B-16-SigLIP2-512   # on a GPU, in fp16
+    python tests/benchmark.py distill                        # ViT-B/16 with the last two blocks trained; 6 minutes on a CPU core
     python tests/benchmark.py distill --images 16 --size 1024x1024      # what a GPU should be given
 
+stitching: 1024 x 2048 pixels, window 512, stride 24, against upsampling and adding window by window (a row of windows, scaled up).
+extraction: extract_teacher.py as a whole against batches of ten copied windows in fp32, and against the machine's matrix products.
+single-pass: encode_dense on 672 x 896 pixels against the bare blocks of the library on the same tokens.
+student: the same single pass against the windows of stride 24 (eight of them, scaled up), with a ViT-B/16 of native size 512.
+evaluation: 150 classes at 512 x 683, from the file to the labels, against the encoder in it.
+memory: resident memory while 200 pictures are extracted and evaluated with tiny. help: seconds until --help.
 distill: images/s of the plain loop (decode, all blocks, one image after the other) and of distill.py in its first and in a later
 epoch, in turns, on the same pictures; what the operations allow; memory over an epoch; and what 25,000 pictures of one
-megapixel would take on this machine. Weights are random, which costs the same operations. Ends with one line of JSON.
+megapixel would take on this machine.
+Weights are random, which costs the same operations. What is measured goes into a JSON under tests/results/, with machine and versions.
 """
 import argparse
 import json
 import math
 import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +32,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import distill
+import evaluate_ovs
 import extract_teacher
-from common import apply_augmentation, load_backbone, read_image, read_index, start_runtime, window_starts
+from common import (Classes, Stitcher, apply_augmentation, bilinear_strips, cut_windows, dense_features, label_map, load_backbone, prepare,
+                    read_image, read_index, single_pass_similarities, start_runtime, window_starts, write_json)
+from time_inference import matrix_product_rate, peak_memory, reset_peak_memory, synchronised_time
 
+ROOT = Path(__file__).resolve().parent.parent
 TRAINED = 2  # blocks
 
 
@@ -43,6 +61,244 @@ def make_pictures(folder, count, size):
         coarse = Image.fromarray(rng.integers(0, 256, (size[0] // 24, size[1] // 24, 3), np.uint8)).resize(size[::-1], Image.BICUBIC)
         Image.fromarray((np.asarray(coarse, np.int16) + rng.integers(-12, 13, (*size, 1))).clip(0, 255).astype(np.uint8)).save(folder / f"{k}.jpg", quality=90)
 
+
+def in_turns(rounds, device, **sides):
+    """Seconds of each side (a function) in each round, one after the other: {name: [seconds]}; a first round warms up."""
+    seconds = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            started = synchronised_time(device)
+            side()
+            if turn:
+                seconds[name].append(synchronised_time(device) - started)
+    return seconds
+
+
+def median_ratio(over, under):
+    return statistics.median(a / b for a, b in zip(over, under))
+
+
+# ---- the plain implementations ---------------------------------------------------------------------------------------
+
+def library_blocks(visual, tokens):
+    """open_clip's own blocks, and MaskCLIP's value path in the last one: (B, 1 + n, C) -> (B, n, D)."""
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        tokens = block(tokens)
+    tokens, width = tokens[:, 1:], tokens.shape[-1]
+    values = F.linear(last.ln_1(tokens), last.attn.in_proj_weight[2 * width:], last.attn.in_proj_bias[2 * width:])
+    tokens = tokens + last.attn.out_proj(values)
+    tokens = tokens + last.mlp(last.ln_2(tokens))
+    return visual.ln_post(tokens) @ visual.proj
+
+
+class WindowLoop:
+    """Windows as a straightforward reader of the paper joins them: each map upsampled and added to an accumulator of cells."""
+
+    def __init__(self, size, window, stride, cell, channels, device):
+        self.window, self.cell = window, cell
+        self.starts = [(top, left) for top in window_starts(size[0], window[0], stride) for left in window_starts(size[1], window[1], stride)]
+        self.total = torch.zeros(channels, size[0] // cell, size[1] // cell, device=device)
+        self.counts = torch.zeros(1, size[0] // cell, size[1] // cell, device=device)
+
+    def add(self, maps, first):
+        """Maps (n, C, i, j) of the windows from number `first` on."""
+        for map_, (top, left) in zip(maps, self.starts[first:]):
+            upsampled = F.interpolate(map_[None], size=[side // self.cell for side in self.window], mode="bilinear", align_corners=False)[0]
+            cells = (slice(None), slice(top // self.cell, (top + self.window[0]) // self.cell), slice(left // self.cell, (left + self.window[1]) // self.cell))
+            self.total[cells] += upsampled
+            self.counts[cells] += 1
+
+    def result(self, size):
+        return F.interpolate((self.total / self.counts)[None], size=size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+
+
+@torch.no_grad()
+def window_loop_teacher(backbone, images, stride):
+    """Features of images (3, H, W) as WindowLoop makes them, in fp32, ten copied windows at a time."""
+    outputs = []
+    for image in images:
+        loop = WindowLoop(image.shape[-2:], backbone.window, stride, math.gcd(stride, backbone.patch), backbone.dim, image.device)
+        windows = torch.stack([window.clone() for window in cut_windows(image, backbone.window, stride)])
+        grid = [side // backbone.patch for side in backbone.window]
+        for first in range(0, len(windows), 10):
+            if isinstance(backbone, common.NativeViT):
+                maps = library_blocks(backbone.visual, backbone.embed(windows[first:first + 10])).unflatten(1, grid)
+            else:
+                maps = backbone.encode_dense(windows[first:first + 10])
+            loop.add(maps.permute(0, 3, 1, 2).float(), first)
+        outputs.append(loop.result(backbone.grid(image)))
+    return outputs
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+def measure_stitching(args, work, runtime):
+    size, window, stride, rows = (1024, 2048), (512, 512), 24, {}
+    print("\nstitching 1024 x 2048, window 512, stride 24 (1495 windows)")
+    for name, channels, cell, outputs in (("768 features", 768, 8, (64, 128)), ("150 similarities", 150, 1, size)):
+        maps = torch.rand(13, 32, 32, channels, device=runtime.device)  # a fifth of a row of windows, again and again
+        swapped = maps.permute(0, 3, 1, 2).contiguous()
+        count, row = (len(window_starts(length, side, stride)) for length, side in zip(size, window))
+
+        def ours():
+            stitcher = Stitcher(size, window, stride, 16, cell, outputs, runtime.device)
+            for _ in range(0, count * row, len(maps)):
+                stitcher.add(maps)
+            return stitcher.result()
+
+        loop = WindowLoop(size, window, stride, cell, channels, runtime.device)
+
+        def one_row():
+            for first in range(0, row, len(maps)):
+                loop.add(swapped, first)
+
+        seconds = in_turns(args.rounds, runtime.device, ours=ours, one_row=one_row)
+        del loop
+        reset_peak_memory(runtime.device)
+        before, out = peak_memory(runtime.device), ours()
+        extra = peak_memory(runtime.device) - before - out.nbytes
+        rows[name] = {"seconds": statistics.median(seconds["ours"]), "loop_seconds": count * statistics.median(seconds["one_row"]),
+                      "ratio": count * median_ratio(seconds["one_row"], seconds["ours"]), "output_mb": out.nbytes / 1e6, "extra_mb": extra / 1e6}
+        print("{:18} {seconds:7.2f} s, window by window {loop_seconds:7.1f} s: {ratio:.0f} times; output {output_mb:.0f} MB, beyond it {extra_mb:.0f} MB".format(name, **rows[name]))
+        del out
+    return rows
+
+
+def extract_timed(images, out, backbone, precision, args):
+    """extract_teacher.py in this process: seconds from the first decoding to the last written file, and those of the forward passes in them."""
+    forward, started, load_group, encode = [], [], extract_teacher.load_group, common.Backbone.encode_dense
+
+    def loading(*arguments):
+        started.append(time.perf_counter())
+        return load_group(*arguments)
+
+    def encoding(self, views):
+        before = synchronised_time(views.device)
+        features = encode(self, views)
+        forward.append(synchronised_time(views.device) - before)
+        return features
+
+    extract_teacher.load_group, common.Backbone.encode_dense = loading, encoding
+    try:
+        run(extract_teacher, "--images", images, "--out", out, "--backbone", backbone, "--random-init", "--augment", "none", "--stride", 24,
+            "--precision", precision, "--device", args.device, *args.compile)
+    finally:
+        extract_teacher.load_group, common.Backbone.encode_dense = load_group, encode
+    return time.perf_counter() - min(started), sum(forward)
+
+
+def measure_extraction(args, work, runtime):
+    """Twice the native size, so 121 windows a picture at 224."""
+    backbone = load_backbone(args.backbone, True, runtime.device)
+    side, pictures = 2 * backbone.window[0], work / "extraction"
+    pictures.mkdir()
+    make_pictures(pictures, args.images, (side, side))
+    images = [prepare(backbone, read_image(path)) for path in sorted(pictures.iterdir())]
+    windows = len(images) * len(cut_windows(images[0], backbone.window, 24))
+    flop, precisions = windows * backbone.flops(backbone.window), ["fp32", "fp16" if runtime.device.type == "cuda" else "bf16"]
+    print(f"\nextraction, {args.backbone}, stride 24, {len(images)} pictures of {side} x {side}: {windows} windows, {flop / 1e12:.1f} TFLOP")
+    rates, seconds, forward, loop = {}, {name: [] for name in precisions}, {name: [] for name in precisions}, []
+    runtimes = {name: common.Runtime(runtime.device, name) for name in precisions}
+    for turn in range(args.rounds):
+        for name in precisions:
+            rates.setdefault(name, []).append(matrix_product_rate(runtimes[name]))
+            whole, inside = extract_timed(pictures, work / f"{name}-{turn}", args.backbone, name, args)
+            rates[name].append(matrix_product_rate(runtimes[name]))
+            seconds[name].append(whole)
+            forward[name].append(inside)
+        started = synchronised_time(runtime.device)
+        baseline = window_loop_teacher(backbone, images, 24)
+        loop.append(synchronised_time(runtime.device) - started)
+    result = {"windows": windows, "tflop": flop / 1e12, "loop_seconds": statistics.median(loop)}
+    expected = baseline[0].cpu()
+    for name in precisions:
+        stored = torch.from_numpy(np.load(work / f"{name}-0" / "features" / f"{sorted(pictures.iterdir())[0].name}.npy")).float()
+        result[name] = {"seconds": statistics.median(seconds[name]), "matrix_tflops": statistics.median(rates[name]) / 1e12,
+                        "share_of_matrix_rate": flop / statistics.median(seconds[name]) / statistics.median(rates[name]),
+                        "forward_share": statistics.median(b / a for a, b in zip(seconds[name], forward[name])), "times_the_loop": median_ratio(loop, seconds[name]),
+                        "difference": ((stored - expected).norm() / expected.norm()).item()}
+        print("{}: {seconds:7.1f} s, {share_of_matrix_rate:.1%} of the machine's {matrix_tflops:.3f} TFLOP/s, {forward_share:.1%} of it in forward passes; "
+              "{times_the_loop:.2f} times as fast as the window loop in fp32; features differ by {difference:.2%}".format(name, **result[name]))
+    return result
+
+
+def measure_single_pass(args, work, runtime):
+    backbone, size = load_backbone("ViT-B-16", True, runtime.device), (672, 896)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    with torch.no_grad(), runtime.autocast():
+        tokens = backbone.embed(prepare(backbone, image)[None])
+        seconds = in_turns(2 * args.rounds, runtime.device, ours=lambda: dense_features(backbone, image), bare=lambda: library_blocks(backbone.visual, tokens))
+    result = {"seconds": statistics.median(seconds["ours"]), "bare_seconds": statistics.median(seconds["bare"]), "ratio": median_ratio(seconds["ours"], seconds["bare"])}
+    print("\nsingle pass, ViT-B-16, 672 x 896: {seconds:.3f} s from pixels to features, bare blocks of the library {bare_seconds:.3f} s: {ratio:.3f} times".format(**result))
+    return result
+
+
+def measure_student(args, work, runtime):
+    backbone, size = load_backbone("siglip2", True, runtime.device), (672, 896)
+    image = torch.randn(3, *size, device=runtime.device)
+    views = cut_windows(image, backbone.window, 24)
+    batch = 60 if runtime.device.type == "cuda" else 8
+    some = torch.stack(views[:batch])
+    with torch.no_grad(), runtime.autocast():
+        seconds = in_turns(args.rounds, runtime.device, student=lambda: backbone.encode_dense(image[None]), windows=lambda: backbone.encode_dense(some))
+    result = {"windows": len(views), "student_seconds": statistics.median(seconds["student"]), "teacher_seconds": len(views) / batch * statistics.median(seconds["windows"]),
+              "ratio": len(views) / batch * median_ratio(seconds["windows"], seconds["student"]), "by_operations": len(views) * backbone.flops(backbone.window) / backbone.flops(size)}
+    print("\nViT-B/16-512, 672 x 896: student {student_seconds:.2f} s, teacher of stride 24 ({windows} windows) {teacher_seconds:.1f} s: {ratio:.1f} times, {by_operations:.1f} by operations".format(**result))
+    return result
+
+
+def measure_evaluation(args, work, runtime):
+    backbone, size, path = load_backbone("ViT-B-16", True, runtime.device), (512, 683), work / "evaluation"
+    path.mkdir()
+    make_pictures(path, 1, size)
+    classes = Classes([[str(k)] for k in range(150)])
+    texts = F.normalize(torch.randn(150, backbone.dim, device=runtime.device), dim=-1)
+    truth, encoder, picture = torch.randint(0, 150, size), [], prepare(backbone, read_image(path / "0.jpg"))[None]
+
+    def whole():
+        image = read_image(path / "0.jpg")
+        similarities = single_pass_similarities(backbone, image, texts, runtime.autocast)
+        labels = label_map(bilinear_strips(similarities, size), size, classes).cpu()
+        evaluate_ovs.confusion_matrix(truth, labels, 150)
+
+    def bare():
+        with torch.no_grad(), runtime.autocast():
+            encoder.append(backbone.encode_dense(picture))
+
+    seconds = in_turns(2 * args.rounds, runtime.device, whole=whole, encoder=bare)
+    result = {"seconds": statistics.median(seconds["whole"]), "encoder_seconds": statistics.median(seconds["encoder"]), "rest": median_ratio(seconds["whole"], seconds["encoder"]) - 1}
+    print("\nevaluation, ViT-B-16, 150 classes, 512 x 683: {seconds:.3f} s, of which the encoder {encoder_seconds:.3f} s; all the rest is {rest:.1%} of it".format(**result))
+    return result
+
+
+def measure_help(args, work, runtime):
+    seconds = {}
+    for stage in ("extract_teacher", "distill", "evaluate_ovs", "time_inference"):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / f"{stage}.py", "--help"], stdout=subprocess.DEVNULL, check=True)
+        seconds[stage] = time.perf_counter() - started
+    print("\n--help: " + ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items()))
+    return seconds
+
+
+def measure_memory(args, work, runtime):
+    pictures, result = work / "memory", {}
+    pictures.mkdir()
+    make_pictures(pictures, 200, (256, 384))
+    for stage, hook, flags in (("extract_teacher", "save_features", ["--backbone", "tiny", "--out", work / "memory-maps"]),
+                               ("evaluate_ovs", "load_sample", ["--backbone", "tiny", "--inference", "single-pass", "--save-maps", work / "memory-labels", "--classes", "sky, grass, water"])):
+        clock, module = Clock(runtime.device), sys.modules[stage]
+        original = getattr(module, hook)
+        setattr(module, hook, lambda *arguments: (clock.note(), original(*arguments))[1])
+        run(module, "--images", pictures, "--device", args.device, *flags)
+        setattr(module, hook, original)
+        result[stage] = {f"{share} %": clock.notes[len(clock.notes) * share // 100 - 1][2] / 1e6 for share in (10, 50, 100)}
+        print(f"\nresident memory, {stage}, 200 pictures: " + ", ".join(f"at {share} {value:.0f} MB" for share, value in result[stage].items()))
+    return result
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
 
 class Clock:
     """Wall and processor seconds, and resident bytes, noted at each step of a loop."""
@@ -89,14 +345,14 @@ def our_loop(clock, *flags):
     run(distill, "--train-blocks", TRAINED, "--lr", 2e-5, "--workers", 1, *flags)
 
 
-def measure_distill(args, work):
+def measure_distill(args, work, runtime):
     height, width = size = [int(side) for side in args.size.split("x")]
     flags = ["--device", args.device, "--precision", args.precision]
     (work / "pictures").mkdir()
     make_pictures(work / "pictures", args.images, size)
     teacher = work / "teacher"
     run(extract_teacher, "--images", work / "pictures", "--out", teacher, "--backbone", args.backbone, "--random-init", "--augment", "none", "--stride", 0, *flags)
-    entries, runtime = read_index(teacher), start_runtime(args.device, args.precision)
+    entries = read_index(teacher)
     plain, early, later = [], [], []
     for turn in range(args.rounds):
         plain.append(plain_loop(teacher, entries, args.backbone, runtime.device, runtime))
@@ -148,10 +404,11 @@ def measure_distill(args, work):
           f"{gigabytes['features']:.0f} GB; ten epochs {hours['training']:,.0f} h and {gigabytes['tokens']:.0f} GB of kept tokens, or "
           f"{hours['training without kept tokens']:,.0f} h without them")
     return {"ratio": ratios, "allowed": allowed, "images_per_second": {"plain": 1 / statistics.median(wall for wall, _ in plain),
-            "epoch 1": 1 / statistics.median(wall for wall, _ in early), "later": 1 / statistics.median(wall for wall, _ in later)}, "hours": hours, "gigabytes": gigabytes}
+            "epoch 1": 1 / statistics.median(wall for wall, _ in early), "later": 1 / statistics.median(wall for wall, _ in later)}, "hours": hours, "gigabytes": gigabytes,
+            "memory_mb": distill_memory(args, work)}
 
 
-def measure_memory(args, work):
+def distill_memory(args, work):
     """Resident memory of distill.py on the demo's 450 maps of many sizes."""
     run(extract_teacher, "--out", work / "demo", "--stride", 0, "--device", args.device)
     clock = Clock(torch.device("cpu"))
@@ -162,21 +419,36 @@ def measure_memory(args, work):
     return marks
 
 
+MEASURES = {"stitching": measure_stitching, "extraction": measure_extraction, "single-pass": measure_single_pass, "student": measure_student,
+            "evaluation": measure_evaluation, "memory": measure_memory, "help": measure_help, "distill": measure_distill}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=["distill"])
-    add("--backbone", default="ViT-B-16", help="an architecture of open_clip (%(default)s)")
-    add("--images", type=int, default=6, help="pictures (%(default)s)")
-    add("--size", default="448x640", metavar="HxW", help="of the pictures (%(default)s)")
-    add("--rounds", type=int, default=3, help="turns of the loops (%(default)s); medians are printed")
-    add("--windows", type=int, default=8, help="windows per batch when the teacher's rate is measured (%(default)s; a GPU wants 60)")
+    add("what", nargs="*", choices=[[], *MEASURES], metavar="WHAT", help=f"{', '.join(MEASURES)} (default: all but distill)")
+    add("--backbone", default="ViT-B-16", help="of extraction and distill: an architecture of open_clip (%(default)s)")
+    add("--images", type=int, default=6, help="pictures of extraction and distill (%(default)s)")
+    add("--size", default="448x640", metavar="HxW", help="of distill's pictures (%(default)s)")
+    add("--rounds", type=int, default=3, help="turns of the sides (%(default)s); medians are printed")
+    add("--windows", type=int, default=8, help="windows per batch when distill measures the teacher's rate (%(default)s; a GPU wants 60)")
+    add("--compile", action="store_const", const=["--compile"], default=[], help="extraction with --compile")
     add("--device", default="auto")
-    add("--precision", default="auto")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of all but extraction, which measures two")
+    add("--json", type=Path, help="file to add to (tests/results/cpu.json, or that of the GPU)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure_distill(args, Path(folder)) | {"memory_mb": measure_memory(args, Path(folder))}
-    print(json.dumps(result))
+    runtime = start_runtime(args.device, args.precision)
+    on_gpu = runtime.device.type == "cuda"
+    path = args.json or ROOT / "tests" / "results" / f"{torch.cuda.get_device_name().replace(' ', '-') if on_gpu else 'cpu'}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(exist_ok=True)
+    for name in args.what or [name for name in MEASURES if name != "distill"]:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = MEASURES[name](args, Path(folder), runtime) | {
+                "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads", "precision": runtime.precision,
+                "torch": torch.__version__, "open_clip": open_clip.__version__}
+        write_json(path, results)
+    print(f"\nresults in {path}")
 
 
 if __name__ == "__main__":
