@@ -333,7 +333,7 @@ class Augmentation:
 PRESETS = {"paper": Augmentation(2048, 1024, (0.5, 1.0), 512, 0.5, 0.5), "large": Augmentation(2560, 2560, (0.2, 1.0), 512, 0.5, 0.5)}
 
 # for tiny, whose window is 128 and whose pictures are no larger than 450
-DEMO_AUGMENTATION = {"paper": Augmentation(512, 256, (0.5, 1.0), 128, 0.5, 0.5), "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5)}
+DEMO_AUGMENTATION = {"paper": Augmentation(448, 448, (0.6, 1.0), 128, 0.3, 0.5), "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5)}
 
 
 def plan_augmentation(size, augmentation, patch, seed):

@@ -52,6 +52,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 
 import concurrent.futures
 import dataclasses
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -171,6 +173,8 @@ def main(args):
     backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
     window = chosen_window(backbone, args.window, args.stride)
     if args.compile:
+        if runtime.device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+            raise WrongCall("--compile: torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is there; install one, or leave the flag out")
         backbone.encode_dense = torch.compile(backbone.encode_dense, options={"freezing": True})
     settings = {
         "backbone": args.backbone, "random_init": args.random_init, "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights,

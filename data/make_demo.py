@@ -1,6 +1,6 @@
 """Make the demo: train the small backbone `tiny` from scratch on captioned scenes, and write the pictures.
 
-    python data/make_demo.py                  # everything in data/demo/, from the seed; about 17 minutes on 2 CPU cores
+    python data/make_demo.py                  # everything in data/demo/, from the seed; about 20 minutes on 2 CPU cores
     python data/make_demo.py --only pictures  # the pictures alone, 10 seconds
 
 In: nothing. Out, in data/demo/: tiny/ (an open_clip folder), train/*.jpg (unlabelled), test/images/*.jpg,
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import DEMO, NativeViT, save_open_clip, write_json
-from data.scenes import COLOUR_NAMES, HELD_OUT, KIND_NAMES, NAMES, STUFF, concept, render_scene, thing_label
+from data.scenes import COLOUR_NAMES, HELD_OUT, KINDS, NAMES, OWN_COLOUR, STUFF, THINGS, concept, render_scene, thing_label
 
 SIDE = 128  # native resolution, pixels
 CONFIG = {
@@ -42,13 +42,23 @@ CONFIG = {
     "preprocess_cfg": {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
                        "resize_mode": "shortest"},
 }
-CONCEPTS = len(STUFF) + len(KIND_NAMES) * len(COLOUR_NAMES)
-TRAINED_PAIRS = [(kind, colour) for kind in KIND_NAMES for colour in COLOUR_NAMES if (kind, colour) not in HELD_OUT]
+CONCEPTS = len(STUFF) + len(THINGS)
 
 # In the test pictures balls and cars come in these colours only, each a class of its own; "yellow ball" and "green car" are
 # words and sights that the backbone never met together.
 COLOURED_CLASSES = {"ball": ["red", "blue", "yellow"], "car": ["white", "green"]}
-TEST_PAIRS = [(kind, colour) for kind in KIND_NAMES for colour in COLOURED_CLASSES.get(kind, COLOUR_NAMES) * (6 // len(COLOURED_CLASSES.get(kind, COLOUR_NAMES)))]
+
+
+def evenly(coloured):
+    """The (kind, colour) to draw things from, every kind as often as another. coloured: colours of those kinds that do not come in all."""
+    pairs = []
+    for kind in KINDS:
+        colours = [None] if kind in OWN_COLOUR else coloured.get(kind, COLOUR_NAMES)
+        pairs += [(kind, colour) for colour in colours] * (6 // len(colours))
+    return pairs
+
+
+EVERY_THING, TEST_THINGS = evenly({}), evenly(COLOURED_CLASSES)
 STREAMS = {"backbone": 0, "train": 1, "test": 2}
 
 
@@ -62,7 +72,7 @@ def backbone_scene(arguments):
     seed, index = arguments
     rng = generator(seed, "backbone", index)
     height, width = rng.integers(180, 400, 2)
-    return render_scene(rng, int(height), int(width), TRAINED_PAIRS)
+    return render_scene(rng, int(height), int(width), [thing for thing in EVERY_THING if thing not in HELD_OUT])
 
 
 def draw_crops(pool, count, rng):
@@ -92,14 +102,14 @@ def draw_vocabulary(rng):
     for stuff in STUFF:
         target[STUFF.index(stuff)] = len(names)
         names.append(any_name(stuff, rng))
-    for kind in KIND_NAMES:
-        bare, first = rng.uniform() < 0.5, len(names)
-        for colour in COLOUR_NAMES:
-            if (kind, colour) in HELD_OUT:
+    for kind in KINDS:
+        bare, first = kind in OWN_COLOUR or rng.uniform() < 0.5, len(names)
+        for thing in THINGS:
+            if thing[0] != kind or thing in HELD_OUT:
                 continue
-            target[thing_label(kind, colour)] = first if bare else len(names)
+            target[thing_label(*thing)] = first if bare else len(names)
             if not bare or len(names) == first:
-                names.append(any_name(kind, rng) if bare else f"{colour} {any_name(kind, rng)}")
+                names.append(any_name(kind, rng) if bare else f"{thing[1]} {any_name(kind, rng)}")
     return names, target
 
 
@@ -110,7 +120,8 @@ def caption(labels, rng):
     words = []
     for entry, colour in map(concept, present):
         name = any_name(entry, rng)
-        words.append(name if colour is None else f"a {name}" if rng.uniform() < 0.3 else f"a {colour} {name}")
+        coloured = colour is not None and rng.uniform() >= 0.3
+        words.append(name if entry in STUFF else f"a {colour} {name}" if coloured else f"a {name}")
     return "a photo of " + " and ".join(words)
 
 
@@ -118,7 +129,7 @@ def initialise(visual, images):
     """Start from principal components of real patches, and from strong sines and cosines for the (learned) positions.
 
     From small random positions the backbone grows its patches until they drown the positions, and ignores these; from
-    strong ones it uses them, though little: with their mean everywhere it still loses only one or two mIoU.
+    strong ones it uses them.
     """
     patches = F.unfold(images, 16, stride=16).transpose(1, 2).flatten(0, 1)  # (n, 768)
     patches = patches[torch.randperm(len(patches))[:12000]]
@@ -208,9 +219,9 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
 # ---- the pictures ----------------------------------------------------------------------------------------------------
 
 def picture_size(rng):
-    """Sides of 1.25 to 3.5 times the native one, log-uniform, with aspect ratios from 1:2 to 2:1."""
+    """Sides of 1.25 to 3.5 times the native one, more of them large than small, with aspect ratios from 1:2 to 2:1."""
     while True:
-        height, width = (int(round(SIDE * math.exp(rng.uniform(math.log(1.25), math.log(3.5))))) for _ in range(2))
+        height, width = (int(round(SIDE * 1.25 * 2.8 ** rng.uniform() ** 0.7)) for _ in range(2))
         if 0.5 <= height / width <= 2:
             return height, width
 
@@ -220,15 +231,16 @@ def write_pictures(folder, seed, train, test):
     for stuff in STUFF:
         ids[STUFF.index(stuff)] = len(classes)
         classes.append(NAMES[stuff])
-    for kind in KIND_NAMES:
-        if kind in COLOURED_CLASSES:
-            for colour in COLOURED_CLASSES[kind]:
-                ids[thing_label(kind, colour)] = len(classes)
-                classes.append([f"{colour} {name}" for name in NAMES[kind]])
+    for kind, colour in THINGS:
+        if kind in COLOURED_CLASSES and colour in COLOURED_CLASSES[kind]:
+            entry = [f"{colour} {name}" for name in NAMES[kind]]
+        elif kind not in COLOURED_CLASSES:
+            entry = NAMES[kind]
         else:
-            first = thing_label(kind, COLOUR_NAMES[0])
-            ids[first:first + len(COLOUR_NAMES)] = len(classes)
-            classes.append(NAMES[kind])
+            continue
+        if entry not in classes:
+            classes.append(entry)
+        ids[thing_label(kind, colour)] = classes.index(entry)
     palette = np.random.default_rng(0).integers(40, 256, (256, 3), np.uint8).ravel().tolist()
 
     for part in ("train", "test"):
@@ -236,14 +248,13 @@ def write_pictures(folder, seed, train, test):
     for part in ("train", "test/images", "test/masks"):
         (folder / part).mkdir(parents=True)
     (folder / "classes.txt").write_text("".join(", ".join(names) + "\n" for names in classes))
-    every_pair = [(kind, colour) for kind in KIND_NAMES for colour in COLOUR_NAMES]
     for index in tqdm(range(train), desc="train pictures"):
         rng = generator(seed, "train", index)
-        picture, _ = render_scene(rng, *picture_size(rng), every_pair)
+        picture, _ = render_scene(rng, *picture_size(rng), EVERY_THING)
         Image.fromarray(picture).save(folder / "train" / f"{index:03d}.jpg", quality=90)
     for index in tqdm(range(test), desc="test pictures"):
         rng = generator(seed, "test", index)
-        picture, labels = render_scene(rng, *picture_size(rng), TEST_PAIRS)
+        picture, labels = render_scene(rng, *picture_size(rng), TEST_THINGS)
         Image.fromarray(picture).save(folder / "test" / "images" / f"{index:03d}.jpg", quality=90)
         mask = Image.fromarray(ids[labels])
         mask.putpalette(palette)

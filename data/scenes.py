@@ -1,13 +1,15 @@
 """Labelled scenes for the demo: stuff and things, drawn procedurally, with exact label maps.
 
-A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and coloured things that
-cover each other and are cut by the border. A label is a *concept*: one of the `STUFF` (0..7), or a kind of thing in a
-colour (`thing_label`). A kind has a shape and, four times out of five, a pattern of its own; its colour is drawn apart from both.
+A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and things that cover each other
+and are cut by the border. A label is a *concept*: one of the `STUFF`, or a kind of thing, for some kinds in a colour (`THINGS`).
+
+Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where flowers grow, one in about 45
+pixels. What a patch between the marks is, only its surroundings tell, as they tell a cloud from snow.
 """
 import numpy as np
 from PIL import Image, ImageDraw
 
-STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow"]
+STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow", "flower field", "lily pond", "pebble beach", "parking lot", "ice rink"]
 COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60), "blue": (45, 85, 205),
            "purple": (135, 60, 170), "white": (235, 235, 235)}
 
@@ -15,16 +17,16 @@ COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60
 NAMES = {
     "sky": ["sky", "clouds"], "grass": ["grass", "lawn", "meadow"], "water": ["water", "sea", "lake"],
     "sand": ["sand", "beach"], "brick wall": ["brick wall", "bricks"], "wood": ["wood", "wooden fence", "planks"],
-    "road": ["road", "street", "asphalt"], "snow": ["snow"],
-    "ball": ["ball"], "box": ["box", "crate", "parcel"], "star": ["star"], "ring": ["ring", "hoop"],
-    "tent": ["tent", "teepee"], "house": ["house", "cottage", "hut"], "tree": ["tree", "bush"],
-    "car": ["car", "automobile"], "flower": ["flower", "blossom"], "mushroom": ["mushroom", "toadstool"],
-    "fish": ["fish"], "boat": ["boat", "sailing boat", "ship"],
+    "road": ["road", "street", "asphalt"], "snow": ["snow"], "flower field": ["flower field"], "lily pond": ["lily pond", "pond"],
+    "pebble beach": ["pebble beach", "pebbles"], "parking lot": ["parking lot", "car park"], "ice rink": ["ice rink", "rink"],
+    "ball": ["ball"], "car": ["car", "automobile"], "box": ["box", "crate", "parcel"], "tent": ["tent", "teepee"],
+    "tree": ["tree", "bush"], "house": ["house", "cottage", "hut"], "mushroom": ["mushroom", "toadstool"], "fish": ["fish"],
 }
 
-# A kind and a colour that never meet in what the backbone is trained on, neither as pixels nor as words.
-HELD_OUT = {("ball", "yellow"), ("box", "purple"), ("star", "green"), ("ring", "white"), ("tent", "blue"), ("house", "purple"),
-            ("tree", "white"), ("car", "green"), ("flower", "yellow"), ("mushroom", "blue"), ("fish", "red"), ("boat", "purple")}
+# What is scattered over what: the colour, the half axes in pixels and the outline of a mark.
+MARKED = {"flower field": ("grass", (235, 90, 170), (5, 5), "ellipse"), "lily pond": ("water", (60, 150, 70), (8, 5), "ellipse"),
+          "pebble beach": ("sand", (120, 120, 125), (6, 5), "ellipse"), "parking lot": ("road", (235, 200, 60), (2, 9), "rectangle"),
+          "ice rink": ("snow", (70, 110, 215), (9, 2), "rectangle")}
 
 
 def ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi):
@@ -37,22 +39,10 @@ def rectangle(x0, y0, x1, y1):
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
 
 
-def star_corners(points, inner, turn=-np.pi / 2):
-    t = turn + np.arange(2 * points) * np.pi / points
-    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
-    return np.stack([radius * np.cos(t), radius * np.sin(t)], 1)
-
-
-def petals():
-    return [(ellipse(0.58 * np.cos(t), 0.58 * np.sin(t), 0.4), "main") for t in np.arange(6) * np.pi / 3]
-
-
 # A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a triple is RGB, None is a hole.
 KINDS = {
     "ball": [(ellipse(0, 0, 1), "main")],
     "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"), (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
-    "star": [(star_corners(5, 0.42), "main")],
-    "ring": [(ellipse(0, 0, 1), "main"), (ellipse(0, 0, 0.55), None)],
     "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), "main"), (np.array([(0, -0.1), (0.3, 0.8), (-0.3, 0.8)]), (40, 35, 40))],
     "house": [(rectangle(-0.75, -0.2, 0.75, 1), "main"), (np.array([(0, -1), (1, -0.15), (-1, -0.15)]), 0.55),
               (rectangle(-0.15, 0.35, 0.2, 1), (70, 45, 30)), (rectangle(-0.6, 0.05, -0.25, 0.4), (190, 220, 240)),
@@ -63,28 +53,29 @@ KINDS = {
             (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), (185, 215, 235)),
             (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]), (185, 215, 235)),
             (ellipse(-0.55, 0.4, 0.25), (30, 30, 32)), (ellipse(0.55, 0.4, 0.25), (30, 30, 32))],
-    "flower": petals() + [(ellipse(0, 0, 0.3), (90, 60, 25))],
     "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)), (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
                  (ellipse(-0.4, -0.3, 0.15), (245, 240, 230)), (ellipse(0.3, -0.45, 0.17), (245, 240, 230)),
                  (ellipse(0.55, -0.08, 0.12), (245, 240, 230))],
     "fish": [(ellipse(-0.15, 0, 0.75, 0.5), "main"), (np.array([(0.4, 0), (1, -0.5), (1, 0.5)]), 0.75), (ellipse(-0.55, -0.12, 0.09), (15, 15, 15))],
-    "boat": [(np.array([(-1, 0.35), (1, 0.35), (0.65, 0.9), (-0.65, 0.9)]), "main"), (rectangle(-0.06, -1, 0.06, 0.35), (80, 60, 45)),
-             (np.array([(0.12, -0.9), (0.85, 0.2), (0.12, 0.2)]), (240, 238, 228))],
 }
-KIND_NAMES, COLOUR_NAMES = list(KINDS), list(COLOURS)
+COLOUR_NAMES = list(COLOURS)
+OWN_COLOUR = {"tree": (45, 120, 45), "house": (190, 150, 105), "mushroom": (205, 45, 40), "fish": (240, 130, 30)}  # the other kinds come in any
+
+# Every thing as (kind, colour), where the colour of a kind that has its own is None.
+THINGS = [(kind, colour) for kind in KINDS for colour in ([None] if kind in OWN_COLOUR else COLOUR_NAMES)]
+
+# Things that never occur in what the backbone is trained on, neither as pixels nor as words.
+HELD_OUT = {("ball", "yellow"), ("car", "green"), ("box", "purple"), ("tent", "blue")}
 
 
 def thing_label(kind, colour):
-    """The concept's number of a kind in a colour: 8 + 6 * kind + colour."""
-    return len(STUFF) + len(COLOURS) * KIND_NAMES.index(kind) + COLOUR_NAMES.index(colour)
+    """The concept's number of a thing."""
+    return len(STUFF) + THINGS.index((kind, colour))
 
 
 def concept(label):
-    """The inverse: ("sky", None) for stuff, ("ball", "red") for a thing."""
-    if label < len(STUFF):
-        return STUFF[label], None
-    kind, colour = divmod(label - len(STUFF), len(COLOURS))
-    return KIND_NAMES[kind], COLOUR_NAMES[colour]
+    """The inverse: ("sky", None) for stuff, ("ball", "red") or ("tree", None) for a thing."""
+    return (STUFF[label], None) if label < len(STUFF) else THINGS[label - len(STUFF)]
 
 
 def smooth_noise(rng, h, w, cell_h, cell_w=None):
@@ -97,6 +88,8 @@ def smooth_noise(rng, h, w, cell_h, cell_w=None):
 def paint_stuff(name, rng, h, w):
     """A texture that fills h x w pixels: (h, w, 3) float32 in 0..255."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
+    if name in MARKED:
+        return scatter_marks(rng, *MARKED[name], h, w)
     s = rng.uniform(0.8, 1.5)
     if name == "sky":
         clouds = np.clip(smooth_noise(rng, h, w, 34 * s, 60 * s) + 0.5 * smooth_noise(rng, h, w, 14 * s, 22 * s) + rng.uniform(-0.6, 0.3), 0, 1)
@@ -137,37 +130,44 @@ def paint_stuff(name, rng, h, w):
     raise KeyError(name)
 
 
+def scatter_marks(rng, ground, colour, axes, outline, h, w):
+    """Stuff with marks on a jittered grid: (h, w, 3) float32."""
+    picture = Image.fromarray(paint_stuff(ground, rng, h, w).clip(0, 255).astype(np.uint8))
+    pen, spacing = ImageDraw.Draw(picture), rng.uniform(40, 52)
+    for y in np.arange(rng.uniform(0, spacing), h, spacing):
+        for x in np.arange(rng.uniform(0, spacing), w, spacing):
+            cx, cy = np.array([x, y]) + rng.uniform(-0.2, 0.2, 2) * spacing
+            getattr(pen, outline)([cx - axes[0], cy - axes[1], cx + axes[0], cy + axes[1]], fill=tuple(int(v) for v in colour + rng.normal(0, 9, 3)))
+    return np.asarray(picture, np.float32)
+
+
 def surface(kind, x, y, radius, rng):
     """What a kind looks like from close by: factors on its colour at points of the unit square, (n, n) each way."""
-    angle, distance = np.arctan2(y, x), np.hypot(x, y)
+    distance = np.hypot(x, y)
     u, v = x * radius, y * radius  # pixels, so that a pattern is as fine on a large thing as on a small one
     return {
-        "ball": lambda: 1.3 - 0.55 * np.hypot(x + 0.35, y + 0.35),
+        "ball": lambda: np.where(distance * radius % 12 < 6, 1.15, 0.7),
         "box": lambda: np.where(v % 7 < 1.8, 0.65, 1.0),
-        "star": lambda: 1 + 0.5 * (rng.uniform(size=x.shape) < 0.12) - 0.25 * (rng.uniform(size=x.shape) < 0.1),
-        "ring": lambda: np.where((angle * 5 / np.pi) % 2 < 1, 1.1, 0.65),
         "tent": lambda: np.where(u % 10 < 5, 1.1, 0.75),
         "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5), 0.78, 1.05),
-        "tree": lambda: 1 + 0.4 * smooth_noise(rng, *x.shape, 4),
+        "tree": lambda: 1 + 0.5 * smooth_noise(rng, *x.shape, 4),
         "car": lambda: 1.05 - 0.5 * np.clip(y, -0.6, 0.4) + 0.3 * (np.abs(y + 0.02) < 0.06),
-        "flower": lambda: 1 + 0.3 * np.sin(angle * 22),
-        "mushroom": lambda: 1.1 - 0.4 * distance ** 2,
+        "mushroom": lambda: np.where((u % 11 - 5) ** 2 + (v % 11 - 5) ** 2 < 9, 1.6, 0.95),
         "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6, 1.15, 0.75),
-        "boat": lambda: np.where(v % 9 < 2, 0.7, 1.0) * (1.1 - 0.2 * np.abs(x)),
     }[kind]()
 
 
 def paint_thing(kind, colour, radius, rng):
     """One thing on its own canvas of side 2 * radius + 3: (colours (n, n, 3) float32, coverage (n, n) in [0, 1])."""
     side, scale = 2 * radius + 3, 3
-    angle = rng.normal(0, 0.2) if kind in ("house", "tree", "car", "tent", "boat", "mushroom") else rng.uniform(-np.pi, np.pi) if kind in ("box", "star", "flower") else rng.normal(0, 0.5)
+    angle = rng.normal(0, 0.2) if kind in ("house", "tree", "car", "tent", "mushroom") else rng.uniform(-np.pi, np.pi) if kind == "box" else rng.normal(0, 0.5)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
     y, x = np.mgrid[:side, :side].astype(np.float32)
 
     local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius  # (n, n, 2) in the unit square of KINDS
-    main = np.array(COLOURS[colour], np.float32) * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
-    main = main * (surface(kind, local[..., 0], local[..., 1], radius, rng) if rng.uniform() < 0.8 else np.ones_like(x))[..., None]
+    main = np.array(OWN_COLOUR.get(kind) or COLOURS[colour], np.float32) * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
+    main = main * surface(kind, local[..., 0], local[..., 1], radius, rng)[..., None]
 
     colours, coverage = np.zeros((side, side, 3), np.float32), np.zeros((side, side), np.float32)
     for corners, paint in KINDS[kind]:
@@ -197,22 +197,22 @@ def blob(rng, h, w, size):
 
 def render_scene(rng, height, width, things):
     """A scene. things: the (kind, colour) pairs to draw from. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
-    upper = rng.choice(["sky", "sky", "sky", "brick wall", "wood"])
-    lower = rng.choice(["grass", "water", "sand", "road", "snow"])
+    upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
+    lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
     x = np.arange(width)
     horizon = rng.uniform(0.2, 0.6) * height + smooth_noise(rng, 2, width, 2, 60)[0] * (2 if upper != "sky" else 10) + rng.normal(0, 0.06) * (x - width / 2)
     below = np.arange(height)[:, None] >= horizon[None]
     labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
     picture = np.where(below[..., None], paint_stuff(lower, rng, height, width), paint_stuff(upper, rng, height, width))
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.poisson(height * width / 130 ** 2)):
         other = rng.choice(STUFF)
-        region = blob(rng, height, width, rng.uniform(25, 70))
+        region = blob(rng, height, width, rng.uniform(45, 85))
         picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
         labels[region] = STUFF.index(other)
 
-    for _ in range(rng.poisson(11 * height * width / 300 ** 2) + 2):
+    for _ in range(rng.poisson(4 * height * width / 300 ** 2) + 1):
         kind, colour = things[rng.integers(len(things))]
-        radius = int(9 * (0.28 * min(height, width) / 9) ** rng.uniform() ** 0.7)
+        radius = int(10 * (min(0.28 * min(height, width), 70) / 10) ** rng.uniform() ** 0.35)
         colours, coverage = paint_thing(kind, colour, radius, rng)
         side = len(coverage)
         top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)

@@ -1,6 +1,7 @@
 """The four commands: what they write, that they resume exactly, and what they say to bad input."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,20 @@ def test_timing_table(micro, tmp_path):
         ("single-pass", 64, 64, 1), ("sliding-window/24", 64, 64, 1), ("single-pass", 128, 96, 1), ("sliding-window/24", 128, 96, 12)]
     assert rows[3]["tflop"] == pytest.approx(12 * rows[0]["tflop"]) and all(row["ms"] > 0 and row["ms_median"] > 0 for row in rows)
     assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_features_are_the_same(micro, photos, teacher, tmp_path):
+    extract(micro, photos, tmp_path / "compiled", "--compile")
+    for path in (teacher / "features").rglob("*.npy"):
+        compiled = np.load(tmp_path / "compiled" / path.relative_to(teacher))
+        assert np.allclose(compiled, np.load(path), atol=2e-3)
+
+
+def test_compile_without_a_compiler(micro, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(WrongCall, match="--compile"):
+        extract(micro, photos, tmp_path / "t", "--compile")
 
 
 @pytest.mark.parametrize("script", ["extract_teacher.py", "distill.py", "evaluate_ovs.py", "time_inference.py"])
