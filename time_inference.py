@@ -34,6 +34,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
+import math
 import platform
 import statistics
 import time
@@ -116,6 +117,14 @@ def measure(backbone, size, stride, window, args, runtime):
             "peak_gb": peak_memory(runtime.device) / 1e9}
 
 
+def growth(rows):
+    """{method: exponent} of a power law through its median times against pixels, for methods that were timed at several sizes."""
+    points = {}
+    for row in rows:
+        points.setdefault(row["method"], {})[math.log(row["height"] * row["width"])] = math.log(row["ms_median"])
+    return {method: statistics.linear_regression(list(each), list(each.values())).slope for method, each in points.items() if len(each) > 1}
+
+
 def plot(rows, path):
     """Milliseconds (median) against pixels, a line for each method, on logarithmic axes."""
     import matplotlib
@@ -162,8 +171,11 @@ def main(args):
             ratio = "-" if single is None else f"{row['ratio_to_single_pass']:.1f}"
             print(f"{size[0]:>5}x{size[1]:<5} {row['method']:>19} {row['windows']:>8} {row['ms']:>10.1f} {row['ms_median']:>10.1f} {row['tflop']:>9.4f} "
                   f"{row['tflops']:>8.3f} {row['share_of_matrix_rate']:>8.1%} {row['peak_gb']:>8.2f} {ratio:>9}", flush=True)
+    exponents = growth(rows)
+    if exponents:
+        print("time grows with the number of pixels to the power of " + ", ".join(f"{exponent:.2f} ({method})" for method, exponent in exponents.items()))
     if args.json:
-        write_json(args.json, {"rows": rows, "settings": {
+        write_json(args.json, {"rows": rows, "growth": exponents, "settings": {
             "backbone": args.backbone, "random_init": args.random_init, "window": window and list(window), "patch": backbone.patch, "batch_size": args.batch_size,
             "warmup": args.warmup, "repeats": args.repeats, "matrix_tflops": rate / 1e12, "device": str(runtime.device), "precision": runtime.precision,
             "machine": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -39,7 +39,7 @@ def rectangle(x0, y0, x1, y1):
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
 
 
-# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a triple is RGB, None is a hole.
+# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a triple is RGB.
 KINDS = {
     "ball": [(ellipse(0, 0, 1), "main")],
     "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"), (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
@@ -175,9 +175,6 @@ def paint_thing(kind, colour, radius, rng):
         mask = Image.new("L", (side * scale, side * scale))
         ImageDraw.Draw(mask).polygon([tuple(p) for p in placed], fill=255)
         alpha = np.asarray(mask.reduce(scale), np.float32) / 255
-        if paint is None:
-            coverage *= 1 - alpha
-            continue
         fill = main if isinstance(paint, str) else main * paint if isinstance(paint, float) else np.array(paint, np.float32)
         colours = colours * (1 - alpha[..., None]) + fill * alpha[..., None]
         coverage = np.maximum(coverage, alpha)

@@ -139,6 +139,11 @@ def test_timing_table(micro, tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 1000
 
 
+def test_growth_is_the_exponent_of_a_power_law():
+    rows = [{"method": "single-pass", "height": side, "width": 2 * side, "ms_median": 3 * (2 * side ** 2) ** 1.7} for side in (64, 128, 320)]
+    assert time_inference.growth([*rows, rows[0] | {"method": "measured once"}]) == {"single-pass": pytest.approx(1.7)}
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_features_are_the_same(micro, photos, teacher, tmp_path):
     extract(micro, photos, tmp_path / "compiled", "--compile")
