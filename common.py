@@ -1063,9 +1063,9 @@ class Stitcher:
     """
 
     def __init__(self, size, window, stride, patch, cell, outputs, device="cpu"):
-        axes = [stitch_matrices(length, side, stride, patch, cell, out).to(device, torch.float32) for length, side, out in zip(size, window, outputs)]
-        self.rows, self.columns = axes  # (A, H', i), (B, W', j)
+        axes = [stitch_matrices(length, side, stride, patch, cell, out) for length, side, out in zip(size, window, outputs)]
         self.row_spans, self.column_spans = [[self.span(weights) for weights in axis] for axis in axes]
+        self.rows, self.columns = [axis.to(device, torch.float32) for axis in axes]  # (A, H', i), (B, W', j)
         self.row_sum = self.out = None
         self.next = 0
 
@@ -1125,7 +1125,7 @@ def encode_windows(backbone, images, stitchers, window, stride, batch_size, auto
             for first in range(0, len(same), size):
                 owners, views = zip(*same[first:first + size])
                 maps = backbone.encode_dense(torch.stack(views))
-                with torch.autocast(maps.device.type, enabled=False):
+                with torch.autocast(maps.device.type, enabled=False):  # similarities and stitching stay in fp32
                     maps, done = transform(maps.float()), 0
                     for owner, run in itertools.groupby(owners):
                         count = len(list(run))

@@ -85,6 +85,12 @@ def matrix_product_rate(runtime, side=None):
     return 2 * side ** 3 / min(timed_passes(lambda _: a @ b, None, 3, 10, runtime))
 
 
+def machine_and_versions(runtime):
+    """What a measurement depends on besides its flags."""
+    machine = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"device": str(runtime.device), "precision": runtime.precision, "machine": machine, "torch": torch.__version__, "open_clip": open_clip.__version__}
+
+
 def reset_peak_memory(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -177,9 +183,7 @@ def main(args):
     if args.json:
         write_json(args.json, {"rows": rows, "growth": exponents, "settings": {
             "backbone": args.backbone, "random_init": args.random_init, "window": window and list(window), "patch": backbone.patch, "batch_size": args.batch_size,
-            "warmup": args.warmup, "repeats": args.repeats, "matrix_tflops": rate / 1e12, "device": str(runtime.device), "precision": runtime.precision,
-            "machine": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "open_clip": open_clip.__version__}})
+            "warmup": args.warmup, "repeats": args.repeats, "matrix_tflops": rate / 1e12, **machine_and_versions(runtime)}})
         print(f"table in {args.json}")
     if args.plot:
         plot(rows, args.plot)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import DEMO, NativeViT, save_open_clip, write_json
-from data.scenes import COLOUR_NAMES, HELD_OUT, KINDS, NAMES, OWN_COLOUR, STUFF, THINGS, concept, render_scene, thing_label
+from data.scenes import HELD_OUT, KINDS, NAMES, OWN_COLOUR, STUFF, THINGS, concept, render_scene, thing_label
 
 SIDE = 128  # native resolution, pixels
 CONFIG = {
@@ -53,12 +53,13 @@ def evenly(coloured):
     """The (kind, colour) to draw things from, every kind as often as another. coloured: colours of those kinds that do not come in all."""
     pairs = []
     for kind in KINDS:
-        colours = [None] if kind in OWN_COLOUR else coloured.get(kind, COLOUR_NAMES)
+        colours = coloured.get(kind) or [colour for other, colour in THINGS if other == kind]
         pairs += [(kind, colour) for colour in colours] * (6 // len(colours))
     return pairs
 
 
 EVERY_THING, TEST_THINGS = evenly({}), evenly(COLOURED_CLASSES)
+TRAINED_THINGS = [thing for thing in EVERY_THING if thing not in HELD_OUT]
 STREAMS = {"backbone": 0, "train": 1, "test": 2}
 
 
@@ -72,7 +73,7 @@ def backbone_scene(arguments):
     seed, index = arguments
     rng = generator(seed, "backbone", index)
     height, width = rng.integers(180, 400, 2)
-    return render_scene(rng, int(height), int(width), [thing for thing in EVERY_THING if thing not in HELD_OUT])
+    return render_scene(rng, int(height), int(width), TRAINED_THINGS)
 
 
 def draw_crops(pool, count, rng):

@@ -1,6 +1,6 @@
 """Measurements that take too long for the test suite, each of two sides in turn in the same run, with medians of their ratios.
 
-    python tests/benchmark.py                                # all but distill; 12 minutes on 2 CPU cores
+    python tests/benchmark.py --rounds 1 --images 4          # all but distill; about 8 minutes on 2 CPU cores
     python tests/benchmark.py stitching single-pass          # some of them
     python tests/benchmark.py --device cuda --images 16 --backbone ViT-B-16-SigLIP2-512   # on a GPU, in fp16
     python tests/benchmark.py distill                        # ViT-B/16 with the last two blocks trained; 6 minutes on a CPU core
@@ -22,7 +22,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -45,7 +43,7 @@ import evaluate_ovs
 import extract_teacher
 from common import (Classes, Stitcher, apply_augmentation, bilinear_strips, cut_windows, dense_features, label_map, load_backbone, prepare,
                     read_image, read_index, single_pass_similarities, start_runtime, window_starts, write_json)
-from time_inference import matrix_product_rate, peak_memory, reset_peak_memory, synchronised_time
+from time_inference import machine_and_versions, matrix_product_rate, peak_memory, reset_peak_memory, synchronised_time
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = 2  # blocks
@@ -296,7 +294,7 @@ def measure_memory(args, work, runtime):
         setattr(module, hook, lambda *arguments: (clock.note(), original(*arguments))[1])
         run(module, "--images", pictures, "--device", args.device, *flags)
         setattr(module, hook, original)
-        result[stage] = {f"{share} %": clock.notes[len(clock.notes) * share // 100 - 1][2] / 1e6 for share in (10, 50, 100)}
+        result[stage] = {f"{share} %": clock.resident(len(clock.notes), 0, share) for share in (10, 50, 100)}
         print(f"\nresident memory, {stage}, 200 pictures: " + ", ".join(f"at {share} {value:.0f} MB" for share, value in result[stage].items()))
     return result
 
@@ -310,15 +308,18 @@ class Clock:
         self.device, self.notes = device, []
 
     def note(self, *_):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        now = synchronised_time(self.device)
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
-        self.notes.append((time.perf_counter(), time.process_time(), pages * os.sysconf("SC_PAGE_SIZE")))
+        self.notes.append((now, time.process_time(), pages * os.sysconf("SC_PAGE_SIZE")))
 
     def epoch(self, count, index):
         """(wall, processor) seconds an image of an epoch: from its first step's end in epoch 0, from the epoch before in others."""
         first, last = self.notes[max(0, index * count - 1)], self.notes[(index + 1) * count - 1]
         return [(after - before) / (count - (index == 0)) for before, after in zip(first[:2], last[:2])]
+
+    def resident(self, count, index, share):
+        """Megabytes when so many percent of an epoch are done."""
+        return self.notes[index * count + count * share // 100 - 1][2] / 1e6
 
 
 def plain_loop(teacher, entries, backbone, device, precision):
@@ -417,7 +418,7 @@ def distill_memory(args, work):
     clock = Clock(torch.device("cpu"))
     our_loop(clock, "--teacher", work / "demo", "--out", work / "demo-spar", "--epochs", 2, "--device", args.device)
     count = len(clock.notes) // 2
-    marks = {f"epoch {epoch + 1} at {share} %": clock.notes[epoch * count + count * share // 100 - 1][2] / 1e6 for epoch in (0, 1) for share in (10, 50, 100)}
+    marks = {f"epoch {epoch + 1} at {share} %": clock.resident(count, epoch, share) for epoch in (0, 1) for share in (10, 50, 100)}
     print("\nresident memory: " + ", ".join(f"{name} {value:.0f} MB" for name, value in marks.items()))
     return marks
 
@@ -447,9 +448,7 @@ def main():
     path.parent.mkdir(exist_ok=True)
     for name in args.what or [name for name in MEASURES if name != "distill"]:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = MEASURES[name](args, Path(folder), runtime) | {
-                "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads", "precision": runtime.precision,
-                "torch": torch.__version__, "open_clip": open_clip.__version__}
+            results[name] = MEASURES[name](args, Path(folder), runtime) | machine_and_versions(runtime)
         write_json(path, results)
     print(f"\nresults in {path}")
 

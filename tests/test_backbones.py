@@ -71,11 +71,11 @@ def test_text_embeddings_equal_open_clips(micro, backbone):
 
 
 def test_flops_are_those_of_the_matrix_products(backbone):
-    """Against the formula for a ViT whose last block computes values and neither queries nor keys (width 32, 3 blocks, MLP ratio 4, D = 24)."""
+    """Against the formula for a ViT whose last block keeps its value path only (width 32, 3 blocks, MLP ratio 4, D = 24)."""
     n, width = 6 * 10, 32
     attended = 24 * (n + 1) * width ** 2 + 4 * (n + 1) ** 2 * width
-    alone = 20 * n * width ** 2
-    assert backbone.flops((96, 160)) == 2 * attended + alone + 2 * n * width * (3 * 16 ** 2 + 24)
+    value_path = 20 * n * width ** 2
+    assert backbone.flops((96, 160)) == 2 * attended + value_path + 2 * n * width * (3 * 16 ** 2 + 24)
     assert all(not parameter.is_meta for parameter in backbone.parameters())
 
 
