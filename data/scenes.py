@@ -4,7 +4,8 @@ A scene has an upper and a lower background divided by a wavy horizon, blobs of 
 and are cut by the border. A label is a *concept*: one of the `STUFF`, or a kind of thing, for some kinds in a colour (`THINGS`).
 
 Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where flowers grow, one in about 45
-pixels. What a patch between the marks is, only its surroundings tell, as they tell a cloud from snow.
+pixels. What a patch between the marks is, only its surroundings tell, as they tell a cloud from snow; and where there is the
+one, there is often the other (`TWINS`).
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,6 +28,7 @@ NAMES = {
 MARKED = {"flower field": ("grass", (235, 90, 170), (5, 5), "ellipse"), "lily pond": ("water", (60, 150, 70), (8, 5), "ellipse"),
           "pebble beach": ("sand", (120, 120, 125), (6, 5), "ellipse"), "parking lot": ("road", (235, 200, 60), (2, 9), "rectangle"),
           "ice rink": ("snow", (70, 110, 215), (9, 2), "rectangle")}
+TWINS = {name: ground for name, (ground, *_) in MARKED.items()} | {ground: name for name, (ground, *_) in MARKED.items()}
 
 
 def ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi):
@@ -151,7 +153,7 @@ def surface(kind, x, y, radius, rng):
         "tent": lambda: np.where(u % 10 < 5, 1.1, 0.75),
         "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5), 0.78, 1.05),
         "tree": lambda: 1 + 0.5 * smooth_noise(rng, *x.shape, 4),
-        "car": lambda: 1.05 - 0.5 * np.clip(y, -0.6, 0.4) + 0.3 * (np.abs(y + 0.02) < 0.06),
+        "car": lambda: np.where((u // 5 + v // 5) % 2 < 1, 1.1, 0.82),
         "mushroom": lambda: np.where((u % 11 - 5) ** 2 + (v % 11 - 5) ** 2 < 9, 1.6, 0.95),
         "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6, 1.15, 0.75),
     }[kind]()
@@ -189,7 +191,7 @@ def blob(rng, h, w, size):
     """A soft-edged region of about size x 2 size pixels somewhere in the picture: (h, w) bool."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
     cy, cx, r = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0.6, 1.4) * size
-    return ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2 + 0.45 * smooth_noise(rng, h, w, 25) < 1
+    return ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2 + 0.35 * smooth_noise(rng, h, w, 50) < 1
 
 
 def render_scene(rng, height, width, things):
@@ -201,15 +203,15 @@ def render_scene(rng, height, width, things):
     below = np.arange(height)[:, None] >= horizon[None]
     labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
     picture = np.where(below[..., None], paint_stuff(lower, rng, height, width), paint_stuff(upper, rng, height, width))
-    for _ in range(rng.poisson(height * width / 130 ** 2)):
-        other = rng.choice(STUFF)
-        region = blob(rng, height, width, rng.uniform(45, 85))
+    for _ in range(1 + rng.poisson(0.8)):
+        other = TWINS[lower] if lower in TWINS and rng.uniform() < 0.5 else rng.choice(STUFF)
+        region = blob(rng, height, width, rng.uniform(0.25, 0.45) * min(height, width))
         picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
         labels[region] = STUFF.index(other)
 
-    for _ in range(rng.poisson(4 * height * width / 300 ** 2) + 1):
+    for _ in range(rng.poisson(2) + 1):
         kind, colour = things[rng.integers(len(things))]
-        radius = int(10 * (min(0.28 * min(height, width), 70) / 10) ** rng.uniform() ** 0.35)
+        radius = int(10 * (0.4 * min(height, width) / 10) ** rng.uniform() ** 0.3)
         colours, coverage = paint_thing(kind, colour, radius, rng)
         side = len(coverage)
         top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)
