@@ -413,7 +413,7 @@ def measure_distill(args, work, runtime):
 
 
 def distill_memory(args, work):
-    """Resident memory of distill.py on the demo's 450 maps of many sizes."""
+    """Resident memory of distill.py on the demo's maps, which have many sizes."""
     run(extract_teacher, "--out", work / "demo", "--stride", 0, "--device", args.device)
     clock = Clock(torch.device("cpu"))
     our_loop(clock, "--teacher", work / "demo", "--out", work / "demo-spar", "--epochs", 2, "--device", args.device)
