@@ -424,6 +424,12 @@ def self_attention(attention, tokens, values_only=False):
     return attention.out_proj(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
 
 
+def residual_block(block, tokens, values_only=False):
+    """One of open_clip's own blocks with self_attention: (B, n, C) -> (B, n, C). values_only: every token sees itself alone."""
+    tokens = tokens + block.ls_1(self_attention(block.attn, block.ln_1(tokens), values_only))
+    return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+
 class Backbone(nn.Module):
     """A vision-language ViT as a dense feature extractor for images of any size; one subclass per family of towers.
 
@@ -562,8 +568,7 @@ class NativeViT(Backbone):
             tokens = tokens[:, 1:]  # the class token serves no patch from here on
         if not isinstance(block.attn, nn.MultiheadAttention):
             return one_by_one(block, tokens) if values_only else block(tokens)
-        tokens = tokens + block.ls_1(self_attention(block.attn, block.ln_1(tokens), values_only))
-        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        return residual_block(block, tokens, values_only)
 
     def project(self, tokens, grid):
         visual = self.visual

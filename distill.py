@@ -23,7 +23,7 @@ def parse_args(argv=None):
         "which is better at very large pictures and costs three times the time")
     add("--train-only", choices=list(PARTS), help="train only this part: the attention inputs or the MLPs of those blocks, or instead of blocks the "
         "patch projection or the positional embedding, whose gradients cross all blocks")
-    add("--epochs", type=int, help="passes over the features (default: 10)")
+    add("--epochs", type=int, default=10, help="passes over the features (%(default)s)")
     add("--lr", type=float, help="learning rate of AdamW (default: 2e-5; tiny 1e-3)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate (default: constant; tiny cosine)")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW (%(default)s)")
@@ -78,7 +78,7 @@ from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, 
                     write_json, write_json_lines)
 
 # the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 30 times fewer steps
-RECIPES = {"paper": {"epochs": 10, "lr": 2e-5, "schedule": "constant"}, "tiny": {"epochs": 10, "lr": 1e-3, "schedule": "cosine"}}
+RECIPES = {"paper": {"lr": 2e-5, "schedule": "constant"}, "tiny": {"lr": 1e-3, "schedule": "cosine"}}
 FLOAT16_MAX = 65504
 
 
@@ -391,8 +391,8 @@ def main(args):
     if not entries:
         raise RunFailed(f"{folder / 'index.jsonl'} lists no features; run extract_teacher.py first")
     recipe = RECIPES["tiny" if teacher["backbone"] == "tiny" else "paper"]
-    epochs, peak, schedule = (recipe[key] if getattr(args, key) is None else getattr(args, key) for key in ("epochs", "lr", "schedule"))
-    if epochs < 1 or not peak > 0:
+    peak, schedule = (recipe[key] if getattr(args, key) is None else getattr(args, key) for key in ("lr", "schedule"))
+    if args.epochs < 1 or not peak > 0:
         raise WrongCall("--epochs must be at least 1, and --lr greater than 0")
     if (args.loss == "similarity") != (args.classes is not None):
         raise WrongCall("--loss similarity and --classes FILE go together")
@@ -415,11 +415,11 @@ def main(args):
     blocks = args.train_blocks or (None if first is None else "2")
     if runtime.rank == 0:
         decided = read_json(out / "spar.json", "an earlier run").get("cache_frozen") if (out / "spar.json").exists() else None
-        cached = decide_cache(frozen, reason, args.cache_frozen == "auto", decided, entries, epochs)
+        cached = decide_cache(frozen, reason, args.cache_frozen == "auto", decided, entries, args.epochs)
         states = sum(path.stat().st_size for path in out.glob("training_state*.pt"))
         require_room(out, 3 * 12 * trained - states, "training states")  # two kept, one being written; of weights and AdamW's two moments, float32
         require_same_settings(out / "spar.json", {
-            "teacher": teacher, "maps": len(entries), "train_blocks": blocks, "train_only": args.train_only, "epochs": epochs, "lr": peak,
+            "teacher": teacher, "maps": len(entries), "train_blocks": blocks, "train_only": args.train_only, "epochs": args.epochs, "lr": peak,
             "schedule": schedule, "weight_decay": args.weight_decay, "loss_of": args.loss, "classes": classes and classes.names,
             "random_scale": args.random_scale, "batch_size": batch, "cache_frozen": cached, "seed": args.seed, "precision": runtime.precision,
             "processes": runtime.world})
@@ -432,13 +432,13 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
     steps_per_epoch = math.ceil(len(entries) / batch)
-    steps = epochs * steps_per_epoch
+    steps = args.epochs * steps_per_epoch
     step = load_state(out, parameters, optimizer, scaler, runtime.device)
     if runtime.rank == 0:
         log = [entry for entry in read_json_lines(out / "log.jsonl") if entry["step"] <= step]
         seconds = log[-1]["seconds"] if log else 0.0
         write_json_lines(out / "log.jsonl", log)
-        print(f"{len(entries)} teacher maps, {epochs} epochs, {steps} steps of {batch}" + (f", continuing after step {step}" if step else ""))
+        print(f"{len(entries)} teacher maps, {args.epochs} epochs, {steps} steps of {batch}" + (f", continuing after step {step}" if step else ""))
         print(f"training {trained / 1e6:.2f} M of {tower / 1e6:.1f} M parameters of the image tower "
               f"({', '.join(filter(None, [args.train_only, blocks and (f'the last {blocks} blocks' if blocks != 'all' else 'all blocks')]))}), "
               f"AdamW, learning rate {peak:g}, {schedule}")
@@ -447,7 +447,7 @@ def main(args):
     bar = tqdm(total=steps * batch, initial=step * batch, desc="distill", unit="img", disable=runtime.rank > 0)
     started, waited, plotted, stop = time.time(), 0.0, 0.0, False
     with noted_signals() as signals, bar as progress:
-        for epoch in range(step // steps_per_epoch, epochs):
+        for epoch in range(step // steps_per_epoch, args.epochs):
             order = epoch_order(len(entries), batch, args.seed, epoch, runtime.rank, runtime.world)[step - epoch * steps_per_epoch:]
             samples = prefetch(lambda k: to_device(load_sample(folder, teacher, entries[k], frozen, random_factor(args.random_scale, args.seed, epoch, k)),
                                                    runtime.device, stream), order.flatten().tolist(), args.workers)

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import DEMO, NativeViT, save_open_clip, self_attention, write_json
+from common import DEMO, NativeViT, residual_block, save_open_clip, write_json
 from data.scenes import HELD_OUT, KINDS, NAMES, OWN_COLOUR, STUFF, THINGS, concept, render_scene, thing_label
 
 SIDE = 128  # native resolution, pixels
@@ -142,20 +142,15 @@ def initialise(visual, images):
     side = visual.grid_size[0]
     angles = torch.arange(side)[:, None] * 2.0 * 0.1 ** (torch.arange(width // 4) / (width // 4))  # (side, C / 4), 2 to 0.2 radians a patch
     waves = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    visual.positional_embedding[1:] = 0.7 * torch.cat([rows, columns], 2).flatten(0, 1)
+    visual.positional_embedding[1:] = 0.7 * torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], 1)  # rows, columns
     visual.positional_embedding[0] = 0
 
 
-def run_but_last(backbone, tokens, grid, rng):
+def run_but_last(backbone, tokens, rng):
     """All blocks but the last, whose class token is still to be pooled: (B, n, C) -> (B, n, C); before the last two, attention is the
     identity in half of the steps."""
     for index, block in enumerate(backbone.blocks[:-1]):
-        if index < len(backbone.blocks) - 2 and rng.uniform() < 0.5:
-            tokens = tokens + self_attention(block.attn, block.ln_1(tokens), values_only=True)
-            tokens = tokens + block.mlp(block.ln_2(tokens))
-        else:
-            tokens = backbone.run_block(index, tokens, grid)
+        tokens = residual_block(block, tokens, values_only=index < len(backbone.blocks) - 2 and rng.uniform() < 0.5)
     return tokens
 
 
@@ -202,7 +197,7 @@ def train_backbone(folder, seed, steps, scenes, batch=32):
         texts = F.normalize(model.encode_text(tokenizer(texts + captions)), dim=-1)  # (T + B, D)
         # the plain attention kernel is the faster one for 65 tokens in bf16 on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tokens = run_but_last(backbone, backbone.embed(images), grid, rng)
+            tokens = run_but_last(backbone, backbone.embed(images), rng)
             patches = backbone.project(backbone.run_block(len(backbone.blocks) - 1, tokens, grid), grid)
             pooled = visual.ln_post(last(tokens)[:, 0]) @ visual.proj
         scale = model.logit_scale.exp()
@@ -285,7 +280,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["backbone", "pictures"], help="make one of the two")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of the backbone (2000, 0.4 seconds each)")
-    parser.add_argument("--scenes", type=int, default=2000, help="scenes that it is trained on (2000, 0.5 GB of memory)")
+    parser.add_argument("--scenes", type=int, default=2000, help="scenes that it is trained on (2000, 0.7 GB of memory)")
     parser.add_argument("--train", type=int, default=150, help="unlabelled pictures for distillation (150)")
     parser.add_argument("--test", type=int, default=60, help="labelled pictures for evaluation (60)")
     args = parser.parse_args()

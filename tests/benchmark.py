@@ -1,6 +1,6 @@
 """Measurements that take too long for the test suite, each of two sides in turn in the same run, with medians of their ratios.
 
-    python tests/benchmark.py --rounds 1 --images 4          # all but distill; about 8 minutes on 2 CPU cores
+    python tests/benchmark.py --rounds 1 --images 4          # all but distill
     python tests/benchmark.py stitching single-pass          # some of them
     python tests/benchmark.py --device cuda --images 16 --backbone ViT-B-16-SigLIP2-512   # on a GPU, in fp16
     python tests/benchmark.py distill                        # ViT-B/16 with the last two blocks trained; 6 minutes on a CPU core

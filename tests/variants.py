@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=f"of {', '.join(VARIANTS)} (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the order of the pictures (0 1 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/variants"), help="folder to write (%(default)s); a new one for other --epochs or --limit")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of the default")
     parser.add_argument("--limit", type=int, help="test pictures to evaluate on, instead of all")
     args = parser.parse_args()
     epochs, limit = (["--epochs", args.epochs] if args.epochs else []), (["--limit", args.limit] if args.limit else [])
