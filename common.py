@@ -333,7 +333,7 @@ class Augmentation:
 PRESETS = {"paper": Augmentation(2048, 1024, (0.5, 1.0), 512, 0.5, 0.5), "large": Augmentation(2560, 2560, (0.2, 1.0), 512, 0.5, 0.5)}
 
 # for tiny, whose window is 128 and whose pictures are no larger than 450
-DEMO_AUGMENTATION = {"paper": Augmentation(448, 448, (0.6, 1.0), 128, 0.3, 0.5), "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5)}
+DEMO_AUGMENTATION = {"paper": Augmentation(448, 448, (0.7, 1.0), 128, 0.3, 0.5), "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5)}
 
 
 def plan_augmentation(size, augmentation, patch, seed):
@@ -422,12 +422,6 @@ def self_attention(attention, tokens, values_only=False):
         return attention.out_proj(F.linear(tokens, weight[2 * width:], bias[2 * width:]))
     queries, keys, values = F.linear(tokens, weight, bias).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return attention.out_proj(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
-
-
-def residual_block(block, tokens, values_only=False):
-    """One of open_clip's own blocks with self_attention: (B, n, C) -> (B, n, C). values_only: every token sees itself alone."""
-    tokens = tokens + block.ls_1(self_attention(block.attn, block.ln_1(tokens), values_only))
-    return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
 
 class Backbone(nn.Module):
@@ -568,7 +562,8 @@ class NativeViT(Backbone):
             tokens = tokens[:, 1:]  # the class token serves no patch from here on
         if not isinstance(block.attn, nn.MultiheadAttention):
             return one_by_one(block, tokens) if values_only else block(tokens)
-        return residual_block(block, tokens, values_only)
+        tokens = tokens + block.ls_1(self_attention(block.attn, block.ln_1(tokens), values_only))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
     def project(self, tokens, grid):
         visual = self.visual

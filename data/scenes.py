@@ -3,10 +3,12 @@
 A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and things that cover each other
 and are cut by the border. A label is a *concept*: one of the `STUFF`, or a kind of thing, for some kinds in a colour (`THINGS`).
 
-Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where flowers grow, one in about 45
+Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where flowers grow, one in about 39
 pixels. What a patch between the marks is, only its surroundings tell, as they tell a cloud from snow; and where there is the
 one, there is often the other (`TWINS`).
 """
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -135,7 +137,7 @@ def paint_stuff(name, rng, h, w):
 def scatter_marks(rng, ground, colour, axes, outline, h, w):
     """Stuff with marks on a jittered grid: (h, w, 3) float32."""
     picture = Image.fromarray(paint_stuff(ground, rng, h, w).clip(0, 255).astype(np.uint8))
-    pen, spacing = ImageDraw.Draw(picture), rng.uniform(40, 52)
+    pen, spacing = ImageDraw.Draw(picture), rng.uniform(34, 44)
     for y in np.arange(rng.uniform(0, spacing), h, spacing):
         for x in np.arange(rng.uniform(0, spacing), w, spacing):
             cx, cy = np.array([x, y]) + rng.uniform(-0.2, 0.2, 2) * spacing
@@ -145,15 +147,14 @@ def scatter_marks(rng, ground, colour, axes, outline, h, w):
 
 def surface(kind, x, y, radius, rng):
     """What a kind looks like from close by: factors on its colour at points of the unit square, (n, n) each way."""
-    distance = np.hypot(x, y)
     u, v = x * radius, y * radius  # pixels, so that a pattern is as fine on a large thing as on a small one
     return {
-        "ball": lambda: np.where(distance * radius % 12 < 6, 1.15, 0.7),
-        "box": lambda: np.where(v % 7 < 1.8, 0.65, 1.0),
-        "tent": lambda: np.where(u % 10 < 5, 1.1, 0.75),
+        "ball": lambda: np.where(np.hypot(u, v) % 20 < 10, 1.2, 0.6),
+        "box": lambda: np.where((u % 5 < 2) | (v % 5 < 2), 0.5, 1.1),
+        "tent": lambda: np.where(u % 8 < 4, 1.15, 0.55),
         "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5), 0.78, 1.05),
         "tree": lambda: 1 + 0.5 * smooth_noise(rng, *x.shape, 4),
-        "car": lambda: np.where((u // 5 + v // 5) % 2 < 1, 1.1, 0.82),
+        "car": lambda: 1.1 - 0.25 * y,
         "mushroom": lambda: np.where((u % 11 - 5) ** 2 + (v % 11 - 5) ** 2 < 9, 1.6, 0.95),
         "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6, 1.15, 0.75),
     }[kind]()
@@ -194,7 +195,19 @@ def blob(rng, h, w, size):
     return ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2 + 0.35 * smooth_noise(rng, h, w, 50) < 1
 
 
-def render_scene(rng, height, width, things):
+class Layout(NamedTuple):
+    """How much there is in a scene, and how large."""
+    regions: float  # mean number of regions beyond the first
+    sizes: tuple  # of regions, as shares of the scene's short side
+    twins: float  # how often a region's stuff is the one that looks like the lower background
+    things: float  # mean number of things beyond the first
+
+
+# the backbone learns from busy scenes; the pictures are calm: few of their pixels are near an edge, where patches of 16 are too coarse
+BUSY, CALM = Layout(0.8, (0.25, 0.45), 0.5, 2), Layout(1.2, (0.35, 0.5), 0.9, 1)
+
+
+def render_scene(rng, height, width, things, layout):
     """A scene. things: the (kind, colour) pairs to draw from. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
     upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
     lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
@@ -203,13 +216,13 @@ def render_scene(rng, height, width, things):
     below = np.arange(height)[:, None] >= horizon[None]
     labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
     picture = np.where(below[..., None], paint_stuff(lower, rng, height, width), paint_stuff(upper, rng, height, width))
-    for _ in range(1 + rng.poisson(0.8)):
-        other = TWINS[lower] if lower in TWINS and rng.uniform() < 0.5 else rng.choice(STUFF)
-        region = blob(rng, height, width, rng.uniform(0.25, 0.45) * min(height, width))
+    for _ in range(1 + rng.poisson(layout.regions)):
+        other = TWINS[lower] if lower in TWINS and rng.uniform() < layout.twins else rng.choice(STUFF)
+        region = blob(rng, height, width, rng.uniform(*layout.sizes) * min(height, width))
         picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
         labels[region] = STUFF.index(other)
 
-    for _ in range(rng.poisson(2) + 1):
+    for _ in range(rng.poisson(layout.things) + 1):
         kind, colour = things[rng.integers(len(things))]
         radius = int(10 * (0.4 * min(height, width) / 10) ** rng.uniform() ** 0.3)
         colours, coverage = paint_thing(kind, colour, radius, rng)

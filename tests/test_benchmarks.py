@@ -251,7 +251,7 @@ def test_wrong_calls(own, micro, flags, message):
 @pytest.mark.parametrize("flags, error, message", [
     (["--dataset", "voc21", "--classes", "cat, dog"], WrongCall, "lists 2 classes, but --dataset voc21 has 21"), (["--dataset", "all", "--classes", "cat"], WrongCall, "not of all"),
     (["--dataset", "voc21", "--background", "wall"], WrongCall, "--background goes with --images"), (["--dataset", "voc20", "--prob-threshold", 0.1], WrongCall, "voc20 has none"),
-    (["--dataset", "ade20k", "--data-root", "/nowhere"], RunFailed, "/nowhere/ADEChallengeData2016 does not exist; --data-root"), (["--classes", "cat"], WrongCall, "the demo has 24")])
+    (["--dataset", "ade20k", "--data-root", "/nowhere"], RunFailed, "/nowhere/ADEChallengeData2016 does not exist; --data-root"), (["--classes", "cat"], WrongCall, "the demo has 23")])
 def test_wrong_calls_on_benchmarks(root, micro, flags, error, message):
     with pytest.raises(error, match=message):
         run("--backbone", micro, "--data-root", root, *flags)

@@ -331,7 +331,7 @@ def test_distill_without_features(tmp_path):
 
 @pytest.mark.parametrize("flags, error, message", [
     (["--images", "PHOTOS"], WrongCall, "--classes"), (["--classes", "cat"], WrongCall, "--images"),
-    (["--images", "PHOTOS", "--classes", "cat, cat"], WrongCall, "'cat'"), (["--images", "PHOTOS", "--classes", "cat", "--masks", "/nowhere"], RunFailed, "no mask"),
+    (["--images", "PHOTOS", "--classes", "cat, cat"], WrongCall, "'cat'"), (["--backbone", "tiny", "--images", "PHOTOS", "--classes", "cat", "--masks", "/nowhere"], RunFailed, "no mask"),
     (["--images", "PHOTOS", "--classes", "cat", "--json", "x.json"], WrongCall, "--masks"),
     (["--checkpoint", "STUDENT", "--backbone", "tiny"], WrongCall, "must be a file"), (["--checkpoint", "/nowhere"], RunFailed, "distill.py"),
     (["--checkpoint", "STUDENT", "--stride", "24"], WrongCall, "--stride goes with"),
