@@ -132,6 +132,7 @@ def initialise(visual, images):
 
     From small random positions the backbone grows its patches until they drown the positions, and ignores these; from
     strong ones it uses them. The waves are short, so that positions still differ from patch to patch where they are stretched.
+    The attention of the first block is switched off, here and for the whole training.
     """
     patches = F.unfold(images, 16, stride=16).transpose(1, 2).flatten(0, 1)  # (n, 768)
     patches = patches[torch.randperm(len(patches))[:12000]]

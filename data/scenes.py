@@ -208,7 +208,7 @@ BUSY, CALM = Layout(0.8, (0.25, 0.45), 0.5, 2), Layout(1.2, (0.35, 0.5), 0.9, 1)
 
 
 def render_scene(rng, height, width, things, layout):
-    """A scene. things: the (kind, colour) pairs to draw from. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
+    """A scene. things: the (kind, colour) pairs to draw from; layout: how many and how large. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
     upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
     lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
     x = np.arange(width)
