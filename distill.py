@@ -23,11 +23,12 @@ def parse_args(argv=None):
         "which is better at very large pictures and costs three times the time")
     add("--train-only", choices=list(PARTS), help="train only this part: the attention inputs or the MLPs of those blocks, or instead of blocks the "
         "patch projection or the positional embedding, whose gradients cross all blocks")
-    add("--epochs", type=int, default=10, help="passes over the features (%(default)s)")
-    add("--lr", type=float, help="learning rate of AdamW (default: 2e-5; tiny 1e-3)")
+    add("--epochs", type=int, help="passes over the features (default: 10; tiny 6)")
+    add("--optimizer", choices=["adamw", "muon"], help="muon takes the blocks' matrices, and leaves the rest to AdamW (default: adamw, as in the paper; tiny muon)")
+    add("--lr", type=float, help="learning rate (default: 2e-5; tiny 2e-3)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate (default: constant; tiny cosine)")
-    add("--weight-decay", type=float, default=1e-4, help="of AdamW (%(default)s)")
-    add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default: one a process, as in the paper)")
+    add("--weight-decay", type=float, help="a step shrinks weights by this times the learning rate (default: 1e-4; tiny 0.3)")
+    add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default: one a process, as in the paper; tiny 4)")
     add("--loss", choices=["feature", "similarity"], default="feature", help="what should agree with the teacher: features (%(default)s), or their cosines with "
         "the names of --classes, which favours the domain of those names")
     add("--classes", metavar="FILE", help="for --loss similarity: one class a line, synonyms separated by commas")
@@ -77,8 +78,9 @@ from common import (RunFailed, WrongCall, append_json_line, apply_augmentation, 
                     read_json_lines, require_room, require_same_settings, resize_image, start_runtime, weights_hash,
                     write_json, write_json_lines)
 
-# the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 30 times fewer steps
-RECIPES = {"paper": {"lr": 2e-5, "schedule": "constant"}, "tiny": {"lr": 1e-3, "schedule": "cosine"}}
+# the paper's, for the published backbones; and what a backbone that is 30 times smaller wants, on 40 times fewer images
+RECIPES = {"paper": {"epochs": 10, "optimizer": "adamw", "lr": 2e-5, "schedule": "constant", "weight_decay": 1e-4, "batch_size": 1},
+           "tiny": {"epochs": 6, "optimizer": "muon", "lr": 2e-3, "schedule": "cosine", "weight_decay": 0.3, "batch_size": 4}}
 FLOAT16_MAX = 65504
 
 
@@ -196,6 +198,16 @@ def distillation_loss(features, target, texts=None):
     return F.mse_loss(features, target)
 
 
+def make_optimizers(student, parameters, kind, lr, weight_decay):
+    """AdamW over the parameters, or ("muon") Muon over the matrices of blocks and AdamW over the rest: a list of optimizers."""
+    of_blocks = {id(p) for block in student.blocks for p in block.parameters()}
+    matrices = [p for p in parameters if kind == "muon" and p.ndim == 2 and id(p) in of_blocks]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in taken]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return optimizers + ([torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)] if rest else [])
+
+
 def learning_rate(step, steps, peak, schedule):
     return peak if schedule == "constant" else peak * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -293,9 +305,10 @@ def decide_cache(frozen, reason, automatic, decided, entries, epochs):
 
 # ---- state and log ---------------------------------------------------------------------------------------------------
 
-def save_state(out, step, parameters, optimizer, scaler):
+def save_state(out, step, parameters, optimizers, scaler):
     """training_state.pt; the one before it stays as training_state.previous.pt."""
-    state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state = {"step": step, "parameters": [p.detach() for p in parameters], "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+             "scaler": scaler.state_dict()}
     with atomic_path(out / "training_state.pt") as temporary:
         try:
             torch.save(state, temporary)
@@ -306,7 +319,7 @@ def save_state(out, step, parameters, optimizer, scaler):
 
 
 @torch.no_grad()
-def load_state(out, parameters, optimizer, scaler, device):
+def load_state(out, parameters, optimizers, scaler, device):
     """Continue from the last whole state: returns the number of steps done, 0 without one."""
     paths = [path for path in (out / "training_state.pt", out / "training_state.previous.pt") if path.exists()]
     for path in paths:
@@ -321,7 +334,8 @@ def load_state(out, parameters, optimizer, scaler, device):
         return 0
     for parameter, stored in zip(parameters, state["parameters"], strict=True):
         parameter.copy_(stored)
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(stored)
     scaler.load_state_dict(state["scaler"])
     return state["step"]
 
@@ -391,8 +405,9 @@ def main(args):
     if not entries:
         raise RunFailed(f"{folder / 'index.jsonl'} lists no features; run extract_teacher.py first")
     recipe = RECIPES["tiny" if teacher["backbone"] == "tiny" else "paper"]
-    peak, schedule = (recipe[key] if getattr(args, key) is None else getattr(args, key) for key in ("lr", "schedule"))
-    if args.epochs < 1 or not peak > 0:
+    epochs, optimizer, peak, schedule, weight_decay = (
+        recipe[key] if getattr(args, key) is None else getattr(args, key) for key in ("epochs", "optimizer", "lr", "schedule", "weight_decay"))
+    if epochs < 1 or not peak > 0:
         raise WrongCall("--epochs must be at least 1, and --lr greater than 0")
     if (args.loss == "similarity") != (args.classes is not None):
         raise WrongCall("--loss similarity and --classes FILE go together")
@@ -401,7 +416,7 @@ def main(args):
     classes = read_classes(args.classes) if args.classes is not None else None
 
     runtime = start_runtime(args.device, args.precision, args.seed)
-    batch = runtime.world if args.batch_size is None else args.batch_size
+    batch = math.ceil(recipe["batch_size"] / runtime.world) * runtime.world if args.batch_size is None else args.batch_size
     if batch < 1 or batch % runtime.world:
         raise WrongCall(f"--batch-size {batch}: must be a multiple of the number of processes, {runtime.world}")
     student = load_backbone(teacher["backbone"], teacher["random_init"], runtime.device, text=classes is not None,
@@ -415,12 +430,12 @@ def main(args):
     blocks = args.train_blocks or (None if first is None else "2")
     if runtime.rank == 0:
         decided = read_json(out / "spar.json", "an earlier run").get("cache_frozen") if (out / "spar.json").exists() else None
-        cached = decide_cache(frozen, reason, args.cache_frozen == "auto", decided, entries, args.epochs)
+        cached = decide_cache(frozen, reason, args.cache_frozen == "auto", decided, entries, epochs)
         states = sum(path.stat().st_size for path in out.glob("training_state*.pt"))
         require_room(out, 3 * 12 * trained - states, "training states")  # two kept, one being written; of weights and AdamW's two moments, float32
         require_same_settings(out / "spar.json", {
-            "teacher": teacher, "maps": len(entries), "train_blocks": blocks, "train_only": args.train_only, "epochs": args.epochs, "lr": peak,
-            "schedule": schedule, "weight_decay": args.weight_decay, "loss_of": args.loss, "classes": classes and classes.names,
+            "teacher": teacher, "maps": len(entries), "train_blocks": blocks, "train_only": args.train_only, "epochs": epochs, "optimizer": optimizer, "lr": peak,
+            "schedule": schedule, "weight_decay": weight_decay, "loss_of": args.loss, "classes": classes and classes.names,
             "random_scale": args.random_scale, "batch_size": batch, "cache_frozen": cached, "seed": args.seed, "precision": runtime.precision,
             "processes": runtime.world})
         if cached:
@@ -429,48 +444,51 @@ def main(args):
     settings = read_json(out / "spar.json", "distill.py")  # as rank 0 decided
     frozen = frozen if settings["cache_frozen"] else None
 
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=args.weight_decay, fused=True)
+    optimizers = make_optimizers(student, parameters, optimizer, peak, weight_decay)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
     steps_per_epoch = math.ceil(len(entries) / batch)
-    steps = args.epochs * steps_per_epoch
-    step = load_state(out, parameters, optimizer, scaler, runtime.device)
+    steps = epochs * steps_per_epoch
+    step = load_state(out, parameters, optimizers, scaler, runtime.device)
     if runtime.rank == 0:
         log = [entry for entry in read_json_lines(out / "log.jsonl") if entry["step"] <= step]
         seconds = log[-1]["seconds"] if log else 0.0
         write_json_lines(out / "log.jsonl", log)
-        print(f"{len(entries)} teacher maps, {args.epochs} epochs, {steps} steps of {batch}" + (f", continuing after step {step}" if step else ""))
+        print(f"{len(entries)} teacher maps, {epochs} epochs, {steps} steps of {batch}" + (f", continuing after step {step}" if step else ""))
         print(f"training {trained / 1e6:.2f} M of {tower / 1e6:.1f} M parameters of the image tower "
               f"({', '.join(filter(None, [args.train_only, blocks and (f'the last {blocks} blocks' if blocks != 'all' else 'all blocks')]))}), "
-              f"AdamW, learning rate {peak:g}, {schedule}")
+              f"{optimizer}, learning rate {peak:g}, {schedule}")
 
     stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
     bar = tqdm(total=steps * batch, initial=step * batch, desc="distill", unit="img", disable=runtime.rank > 0)
     started, waited, plotted, stop = time.time(), 0.0, 0.0, False
     with noted_signals() as signals, bar as progress:
-        for epoch in range(step // steps_per_epoch, args.epochs):
+        for epoch in range(step // steps_per_epoch, epochs):
             order = epoch_order(len(entries), batch, args.seed, epoch, runtime.rank, runtime.world)[step - epoch * steps_per_epoch:]
             samples = prefetch(lambda k: to_device(load_sample(folder, teacher, entries[k], frozen, random_factor(args.random_scale, args.seed, epoch, k)),
                                                    runtime.device, stream), order.flatten().tolist(), args.workers)
             for _ in order:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, peak, schedule)
-                optimizer.zero_grad()
+                rate = learning_rate(step, steps, peak, schedule)
+                for each in optimizers:
+                    each.zero_grad()
+                    for group in each.param_groups:
+                        group["lr"] = rate
                 loss, waiting = accumulate_gradients(student, samples, batch, first, frozen, texts, scaler, runtime)
                 loss, stop = add_up_gradients(parameters, loss, bool(signals), runtime)
                 waited += waiting
                 if not math.isfinite(loss):
                     raise RunFailed(f"the loss is {loss} at step {step + 1}; {out} keeps the last good state. "
                                     "Start again with a lower --lr or with --precision fp32, in another --out")
-                scaler.step(optimizer)
+                for each in optimizers:
+                    scaler.step(each)
                 scaler.update()
                 step += 1
                 progress.update(batch)
                 if runtime.rank == 0:
-                    append_json_line(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+                    append_json_line(out / "log.jsonl", {"step": step, "epoch": epoch, "loss": loss, "lr": rate,
                                                          "seconds": round(seconds + time.time() - started, 3)})
                     progress.set_postfix(epoch=epoch + 1, loss=f"{loss:.4f}", waiting=f"{waited / (time.time() - started):.0%}", refresh=False)
                     if stop or step % args.save_every == 0 or step % steps_per_epoch == 0:
-                        save_state(out, step, parameters, optimizer, scaler)
+                        save_state(out, step, parameters, optimizers, scaler)
                         if stop or step % steps_per_epoch == 0 or time.time() - plotted > 60:
                             plot_log(out)
                             plotted = time.time()

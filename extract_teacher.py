@@ -34,7 +34,7 @@ def parse_args(argv=None):
     add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3, instead of torch.hub's download")
     add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"), help="dinov3txt: the two .pth files that Meta gives after its licence is accepted")
     add("--list-backbones", action="store_true", help="print every architecture of open_clip, and how its dense features are made or why it has none (25 s)")
-    add("--versions", type=int, metavar="N", help="differently augmented versions of every picture, for small sets (default: 1; the demo 4)")
+    add("--versions", type=int, metavar="N", help="differently augmented versions of every picture, for small sets (default: 1; the demo 6)")
     add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s); less if memory runs out")
     add("--compile", action="store_true", help="compile the backbone by torch.compile with its weights folded in: some faster after half a minute or more; needs a C++ compiler on a CPU")
     add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
@@ -163,7 +163,7 @@ def main(args):
     on_demo = args.images is None
     root, out = Path(args.images or DEMO / "train").resolve(), Path(args.out)
     args.backbone = args.backbone or ("tiny" if on_demo else "siglip2")
-    versions = args.versions or (4 if on_demo else 1)
+    versions = args.versions or (6 if on_demo else 1)
     augmentation = chosen_augmentation(args)
     shard, shards = parse_shard(args.shard)
     images = list_images(root)[:args.limit]

@@ -45,7 +45,7 @@ CONFIG = {
 }
 CONCEPTS = len(STUFF) + len(THINGS)
 
-# In the test pictures balls come in these colours only, each a class of its own; "yellow ball" is a pair of words, and of sights,
+# In the pictures balls come in these colours only, each a class of its own; "yellow ball" is a pair of words, and of sights,
 # that the backbone never met.
 COLOURED_CLASSES = {"ball": ["red", "blue", "yellow"]}
 
@@ -59,8 +59,8 @@ def evenly(coloured):
     return pairs
 
 
-EVERY_THING, TEST_THINGS = evenly({}), evenly(COLOURED_CLASSES)
-TRAINED_THINGS = [thing for thing in EVERY_THING if thing not in HELD_OUT]
+TRAINED_THINGS = [thing for thing in evenly({}) if thing not in HELD_OUT]
+PICTURED_THINGS = evenly(COLOURED_CLASSES)
 STREAMS = {"backbone": 0, "train": 1, "test": 2}
 
 
@@ -259,11 +259,11 @@ def write_pictures(folder, seed, train, test):
     (folder / "classes.txt").write_text("".join(", ".join(names) + "\n" for names in classes))
     for index in tqdm(range(train), desc="train pictures"):
         rng = generator(seed, "train", index)
-        picture, _ = render_scene(rng, *picture_size(rng), EVERY_THING, CALM)
+        picture, _ = render_scene(rng, *picture_size(rng), PICTURED_THINGS, CALM)
         Image.fromarray(picture).save(folder / "train" / f"{index:03d}.jpg", quality=90)
     for index in tqdm(range(test), desc="test pictures"):
         rng = generator(seed, "test", index)
-        picture, labels = render_scene(rng, *picture_size(rng), TEST_THINGS, CALM)
+        picture, labels = render_scene(rng, *picture_size(rng), PICTURED_THINGS, CALM)
         Image.fromarray(picture).save(folder / "test" / "images" / f"{index:03d}.jpg", quality=90)
         mask = Image.fromarray(ids[labels])
         mask.putpalette(palette)

@@ -201,10 +201,11 @@ class Layout(NamedTuple):
     sizes: tuple  # of regions, as shares of the scene's short side
     twins: float  # how often a region's stuff is the one that looks like the lower background
     things: float  # mean number of things beyond the first
+    smallness: float  # of things: the exponent of a uniform draw between the largest radius (0.4 of the short side) and 10 pixels
 
 
 # the backbone learns from busy scenes; the pictures are calm: few of their pixels are near an edge, where patches of 16 are too coarse
-BUSY, CALM = Layout(0.8, (0.25, 0.45), 0.5, 2), Layout(1.2, (0.35, 0.5), 0.9, 1)
+BUSY, CALM = Layout(0.8, (0.25, 0.45), 0.5, 2, 0.3), Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)
 
 
 def render_scene(rng, height, width, things, layout):
@@ -224,7 +225,7 @@ def render_scene(rng, height, width, things, layout):
 
     for _ in range(rng.poisson(layout.things) + 1):
         kind, colour = things[rng.integers(len(things))]
-        radius = int(10 * (0.4 * min(height, width) / 10) ** rng.uniform() ** 0.3)
+        radius = int(10 * (0.4 * min(height, width) / 10) ** rng.uniform() ** layout.smallness)
         colours, coverage = paint_thing(kind, colour, radius, rng)
         side = len(coverage)
         top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)

@@ -1,4 +1,5 @@
 """Distillation at scale: what each variant trains, frozen blocks computed once, several processes, shards, interruptions, full disks."""
+import copy
 import json
 import os
 import random
@@ -103,6 +104,22 @@ def test_train_only(teacher, micro, tmp_path, flags, changed):
     run(distill, "--teacher", teacher, "--out", tmp_path, "--epochs", 1, "--lr", 1e-3, *flags)
     before, after = weights(Path(micro.removeprefix("local-dir:"))), weights(tmp_path)
     assert {key for key in before if not torch.equal(before[key], after[key])} == {f"visual.{name}" for name in changed}
+
+
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(backbone):
+    student = copy.deepcopy(backbone)
+    names = {id(parameter): name for name, parameter in student.visual.named_parameters()}
+    taken = []
+    for blocks, only in (("2", None), ("all", None), (None, "pos-embed")):
+        _, parameters = distill.select_trained(student, blocks, only)
+        optimizers = distill.make_optimizers(student, parameters, "muon", 1e-3, 0.1)
+        taken.append([{names[id(p)] for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers])
+        assert sorted(name for part in taken[-1] for name in part) == sorted(names[id(p)] for p in parameters)
+    matrices = {f"transformer.resblocks.{k}.{name}" for k in range(3) for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")}
+    assert taken[0][0] == {name for name in matrices if ".0." not in name} and taken[1][0] == matrices
+    assert "positional_embedding" in taken[1][1] and taken[2] == [{"positional_embedding"}]
+    adamw, = distill.make_optimizers(student, parameters, "adamw", 1e-3, 0.1)
+    assert isinstance(adamw, torch.optim.AdamW)
 
 
 def test_similarity_loss(teacher, backbone, tmp_path):
