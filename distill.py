@@ -199,7 +199,10 @@ def distillation_loss(features, target, texts=None):
 
 
 def make_optimizers(student, parameters, kind, lr, weight_decay):
-    """AdamW over the parameters, or ("muon") Muon over the matrices of blocks and AdamW over the rest: a list of optimizers."""
+    """AdamW over the parameters, or ("muon") Muon (Jordan et al. 2024) over the matrices of blocks and AdamW over the rest: a list.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate suits both.
+    """
     of_blocks = {id(p) for block in student.blocks for p in block.parameters()}
     matrices = [p for p in parameters if kind == "muon" and p.ndim == 2 and id(p) in of_blocks]
     taken = {id(p) for p in matrices}
@@ -407,8 +410,8 @@ def main(args):
     recipe = RECIPES["tiny" if teacher["backbone"] == "tiny" else "paper"]
     epochs, optimizer, peak, schedule, weight_decay = (
         recipe[key] if getattr(args, key) is None else getattr(args, key) for key in ("epochs", "optimizer", "lr", "schedule", "weight_decay"))
-    if epochs < 1 or not peak > 0:
-        raise WrongCall("--epochs must be at least 1, and --lr greater than 0")
+    if epochs < 1 or not peak > 0 or not weight_decay >= 0:
+        raise WrongCall("--epochs must be at least 1, --lr greater than 0, and --weight-decay at least 0")
     if (args.loss == "similarity") != (args.classes is not None):
         raise WrongCall("--loss similarity and --classes FILE go together")
     if args.random_scale and not 0 < args.random_scale[0] <= args.random_scale[1]:

@@ -152,7 +152,7 @@ def test_multi_resolution_distillation(micro, photos, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--train-blocks", 4], "from 1 to 3"), (["--train-only", "pos-embed", "--train-blocks", 2], "leave --train-blocks out"),
-    (["--loss", "similarity"], "--classes"), (["--classes", "cat, dog"], "--loss similarity"), (["--random-scale", 2, 1], "LO <= HI"), (["--batch-size", 0], "--batch-size 0"),
+    (["--loss", "similarity"], "--classes"), (["--classes", "cat, dog"], "--loss similarity"), (["--random-scale", 2, 1], "LO <= HI"), (["--batch-size", 0], "--batch-size 0"), (["--weight-decay", -1], "at least 0"),
     (["--train-only", "patch-embed", "--cache-frozen", "kept"], "no block is frozen"), (["--random-scale", 1, 2, "--cache-frozen", "kept"], "every epoch")])
 def test_wrong_calls_of_distill(teacher, tmp_path, flags, message):
     with pytest.raises(WrongCall, match=message):
