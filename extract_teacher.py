@@ -1,60 +1,88 @@
-"""Stage 1: features of a sliding-window teacher, stitched and stored once per image (paper, section 3.4).
+"""Stage 1: features of a sliding-window teacher, stitched and stored once per image (paper, section
+3.4).
 
-In: a folder of pictures, no labels. Out, in --out: features/<path>.npy (float16, (H/patch, W/patch, D)), index.jsonl (how each
-image was augmented), teacher.json (the settings), failures.jsonl (pictures that could not be used).
+In: a folder of pictures, no labels. Out, in --out: features/<path>.npy (float16, (H/patch, W/patch,
+D)), index.jsonl (how each image was augmented), teacher.json (the settings), failures.jsonl
+(pictures that could not be used).
 
-    python extract_teacher.py                                             # the demo, CPU
-    python extract_teacher.py --images photos                             # SigLIP2, one GPU, or a CPU with patience
-    torchrun --nproc-per-node 4 extract_teacher.py --images photos        # four GPUs share the pictures
-    python extract_teacher.py --images photos --shard 2/3                 # the second of three machines that share a disk
+    python extract_teacher.py                                       # the demo, CPU
+    python extract_teacher.py --images photos                       # SigLIP2, one GPU, or patience
+    torchrun --nproc-per-node 4 extract_teacher.py --images photos  # four GPUs share the pictures
+    python extract_teacher.py --images photos --shard 2/3           # one of 3 machines on one disk
 
 The same command continues after an interruption.
 """
 import argparse
+import os
+
+DEMO_VERSIONS = 6  # of each of its 150 pictures
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--images", help="folder of jpg, jpeg, png, webp pictures, searched recursively (default: the demo's training pictures)")
-    add("--out", default="runs/teacher", help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
-    add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG "
-        "(default: tiny on the demo, siglip2 with --images)")
-    add("--random-init", action="store_true", help="the architecture without weights, for timing and tests")
-    add("--stride", type=int, default=24, help="pixels between windows (%(default)s); finer costs quadratically more; 0 is a single-pass teacher")
-    add("--window", type=int, help="side of the window in pixels (default: the size that the backbone was trained on)")
-    add("--augment", choices=["paper", "large", "none"], default="paper",
-        help="how pictures are resized, cropped and flipped before (%(default)s); the flags below override it one by one; tiny uses lengths scaled to its window")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("--images", help="folder of jpg, jpeg, png, webp pictures, searched recursively (default: "
+        "the demo's training pictures)")
+    add("--out", default="runs/teacher",
+        help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
+    add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip "
+        "takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (default: tiny on the demo, siglip2 with "
+        "--images)")
+    add("--random-init", action="store_true",
+        help="the architecture without weights, for timing and tests")
+    add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3 "
+        "in the place of torch.hub's download")
+    add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"),
+        help="dinov3txt: the two .pth files that Meta gives after its licence is accepted")
+    add("--list-backbones", action="store_true", help="print every architecture of open_clip, and "
+        "how its dense features are made or why it has none (25 s)")
+    add("--limit", type=int, metavar="N", help="use the first N pictures only")
+    add = parser.add_argument_group("the teacher").add_argument
+    add("--stride", type=int, default=24, help="pixels between windows (%(default)s); finer costs "
+        "quadratically more; 0 is a single-pass teacher")
+    add("--window", type=int, help="side of the window in pixels (default: the size that the "
+        "backbone was trained on)")
+    add("--augment", choices=["paper", "large", "none"], default="paper", help="how pictures are "
+        "resized, cropped and flipped before (%(default)s); the flags below override it one by "
+        "one; tiny uses lengths scaled to its window")
     add("--long-side", type=int, metavar="N", help="longest side after resizing at ratio 1, pixels")
-    add("--short-side", type=int, metavar="N", help="longest short side after resizing at ratio 1, pixels")
-    add("--ratio", type=float, nargs=2, metavar=("LO", "HI"), help="range of the random factor on both")
-    add("--min-side", type=int, metavar="N", help="pictures with a shorter short side are enlarged to it; crops are at least as long")
+    add("--short-side", type=int, metavar="N",
+        help="longest short side after resizing at ratio 1, pixels")
+    add("--ratio", type=float, nargs=2, metavar=("LO", "HI"),
+        help="range of the random factor on both")
+    add("--min-side", type=int, metavar="N", help="pictures with a shorter short side are enlarged "
+        "to it; crops are at least as long")
     add("--crop-prob", type=float, metavar="P", help="probability of a crop")
     add("--flip-prob", type=float, metavar="P", help="probability of a horizontal flip")
-    add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3, instead of torch.hub's download")
-    add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"), help="dinov3txt: the two .pth files that Meta gives after its licence is accepted")
-    add("--list-backbones", action="store_true", help="print every architecture of open_clip, and how its dense features are made or why it has none (25 s)")
-    add("--versions", type=int, metavar="N", help="differently augmented versions of every picture, for small sets (default: 1; the demo 6)")
-    add("--batch-size", type=int, default=60, help="windows per forward pass (%(default)s); less if memory runs out")
-    add("--compile", action="store_true", help="compile the backbone by torch.compile with its weights folded in: some faster after half a minute or more; needs a C++ compiler on a CPU")
-    add("--workers", type=int, default=2, help="threads that read pictures ahead (%(default)s)")
-    add("--limit", type=int, metavar="N", help="use the first N pictures only")
-    add("--shard", default="1/1", metavar="I/N", help="make the Ith of N shares (%(default)s): one command on each of N machines that write to one --out")
-    add("--strict", action="store_true", help="stop at the first picture that cannot be used, instead of noting it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
+    add("--versions", type=int, metavar="N", help="differently augmented versions of each picture, "
+        f"for small sets (default: 1; the demo {DEMO_VERSIONS})")
     add("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
+    add = parser.add_argument_group("how it is computed").add_argument
+    add("--batch-size", type=int, default=60, help="most windows per forward pass (%(default)s; a "
+        "CPU takes as many as its caches hold); less if memory runs out")
+    add("--compile", action="store_true", help="compile the backbone by torch.compile with its "
+        "weights folded in: some faster after half a minute or more; needs a C++ compiler on a CPU")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="threads that read pictures ahead (default: one a core, at most 8)")
+    add("--shard", default="1/1", metavar="I/N", help="make the Ith of N shares (%(default)s): one "
+        "command on each of N machines that write to one --out")
+    add("--strict", action="store_true",
+        help="stop at the first picture that cannot be used, instead of noting it")
+    add("--device", default="auto",
+        help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+        help="of the matrix products (%(default)s: fp16 on a GPU, fp32 on a CPU)")
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag answer at once
+if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
 
-import concurrent.futures
 import dataclasses
-import os
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,198 +91,333 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DEMO, DEMO_AUGMENTATION, PRESETS, RunFailed, WrongCall, append_json_line, apply_augmentation, atomic_path,
-                    chosen_window, command_line, free_bytes, list_images, load_backbone, open_features, plan_augmentation,
-                    planned_size, prefetch, read_image, read_index, read_json_lines, require_room, require_same_settings, start_runtime,
-                    stitched_features, weights_hash, write_json_lines)
+from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
+                    atomic_path, chosen_window, command_line, free_bytes, list_images,
+                    load_backbone, nearest_multiple, open_features, planned_size, prefetch,
+                    read_image, read_index, read_json_lines, require_room, require_same_settings,
+                    start_runtime, stitched_features, weights_hash, windows_a_pass,
+                    write_json_lines)
 
-IMAGES_PER_GROUP = 8  # whose windows share batches; fixed, so that a resumed run computes in the same batches
+# ---- augmentation: once per image, as a teacher map belongs to one version of it -----------------
 
 
-def chosen_augmentation(args):
-    """The preset with the flags that override it, or None for --augment none."""
-    overrides = {name: getattr(args, name) for name in ("long_side", "short_side", "ratio", "min_side", "crop_prob", "flip_prob")}
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Resize into a box of (long_side r, short_side r), r uniform in ratio; enlarge to min_side; or
+    crop; flip (method.md, "Distillation")."""
+    long_side: int
+    short_side: int
+    ratio: tuple
+    min_side: int
+    crop_prob: float
+    flip_prob: float
+
+
+# the paper's lengths, which belong to a window of 512; "large" is its extended range (supplement 6)
+PUBLISHED = {"paper": Augmentation(2048, 1024, (0.5, 1.0), 512, 0.5, 0.5),
+             "large": Augmentation(2560, 2560, (0.2, 1.0), 512, 0.5, 0.5), "none": None}
+# by backbone; tiny's window is 128, and its pictures are no larger than 450
+PRESETS = {"tiny": {"paper": Augmentation(448, 448, (0.7, 1.0), 128, 0.3, 0.5),
+                    "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5), "none": None}}
+
+
+def choose_augmentation(backbone, preset, overrides):
+    """The preset of a backbone with the fields that `overrides` gives; None for "none"."""
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    if args.augment == "none":
+    augmentation = PRESETS.get(backbone, PUBLISHED)[preset]
+    if augmentation is None:
         if overrides:
-            raise WrongCall(f"--augment none leaves nothing for --{', --'.join(overrides).replace('_', '-')} to change")
+            flags = ", --".join(overrides).replace("_", "-")
+            raise WrongCall(f"--augment none leaves nothing for --{flags} to change")
         return None
-    augmentation = dataclasses.replace((DEMO_AUGMENTATION if args.backbone == "tiny" else PRESETS)[args.augment], **overrides)
+    augmentation = dataclasses.replace(augmentation, **overrides)
     low, high = augmentation.ratio
-    if not 0 < low <= high or min(augmentation.long_side, augmentation.short_side, augmentation.min_side) < 1:
-        raise WrongCall("--ratio needs 0 < LO <= HI, and --long-side, --short-side and --min-side at least one pixel")
+    sides = augmentation.long_side, augmentation.short_side, augmentation.min_side
+    if not 0 < low <= high or min(sides) < 1:
+        raise WrongCall("--ratio needs 0 < LO <= HI, and --long-side, --short-side and --min-side "
+                        "at least one pixel")
     return augmentation
 
+
+def plan_augmentation(size, augmentation, patch, seed):
+    """Draw one version of an image, for apply_augmentation.
+
+    size: (H, W) of the image. augmentation: None only makes the sides multiples of the patch.
+    seed: of any text. Returns {"resize": [H, W], "crop": [top, left, H, W] or None, "flip": bool},
+    with the final sides multiples of patch.
+    """
+    if augmentation is None:
+        return {"resize": [nearest_multiple(side, patch) for side in size], "crop": None,
+                "flip": False}
+    rng = np.random.default_rng(zlib.crc32(seed.encode()))
+    ratio = rng.uniform(*augmentation.ratio)
+    scale = min(augmentation.long_side * ratio / max(size),
+                augmentation.short_side * ratio / min(size))
+    enlarged = scale * min(size) < augmentation.min_side
+    if enlarged:
+        scale = augmentation.min_side / min(size)
+    resized, crop = [int(side * scale + 0.5) for side in size], None
+    if rng.uniform() < augmentation.crop_prob and not enlarged:
+        kept = [rng.uniform(max(augmentation.min_side, 0.4 * side), side) for side in resized]
+        kept = [max(patch, int(side) // patch * patch) for side in kept]
+        crop = [int(rng.integers(0, side - part + 1)) for side, part in zip(resized, kept)] + kept
+    else:
+        resized = [max(patch, side // patch * patch) for side in resized]
+    flip = bool(rng.uniform() < augmentation.flip_prob)
+    return {"resize": resized, "crop": crop, "flip": flip}
+
+
+# ---- the pictures and what is made of them -------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Augmented versions of the pictures below a folder; a job is an (image, version)."""
+    root: Path
+    augmentation: Augmentation | None
+    patch: int
+    seed: int
+
+    def plan(self, job, size):
+        image, version = job
+        return plan_augmentation(size, self.augmentation, self.patch,
+                                 f"{self.seed}/{version}/{image}")
+
+    def load(self, job):
+        """(plan, pixels (3, H, W) uint8, None), or (None, None, what is wrong with the picture)."""
+        path = self.root / job[0]
+        try:
+            pixels = read_image(path)
+            height, width = pixels.shape[-2:]
+            if min(height, width) < self.patch:
+                raise RunFailed(f"{path}: {height} x {width} pixels are less than one patch of "
+                                f"{self.patch}")
+            plan = self.plan(job, (height, width))
+            return plan, apply_augmentation(pixels, plan), None
+        except RunFailed as error:
+            return None, None, str(error)
+
+    def estimate_bytes(self, jobs, dim, looked_at=500):
+        """What the features of some jobs need on a disk, from the sizes of (at most looked_at,
+        evenly spread) pictures: float16, D to a cell."""
+        sizes = []
+        for job in jobs[::max(1, len(jobs) // looked_at)]:
+            try:
+                with Image.open(self.root / job[0]) as picture:
+                    height, width = planned_size(self.plan(job, picture.size[::-1]))
+            except Exception:  # not a picture; it will be noted when its turn comes
+                continue
+            cells = height // self.patch * (width // self.patch)
+            sizes.append(cells * dim * 2 + 128)  # 128: the header of an .npy file
+        return int(np.mean(sizes or [0]) * len(jobs))
+
+
+class FeatureFolder:
+    """Where one of several writers puts feature maps, and notes them in files of its own."""
+
+    def __init__(self, out, writer, writers, dim):
+        self.out, self.writer, self.dim, self.bytes = out, writer, dim, 0
+        suffix = "" if writers == 1 else f"-{writer + 1}of{writers}"
+        self.index_path, self.failures_path = (out / f"{name}{suffix}.jsonl"
+                                               for name in ("index", "failures"))
+        self.write_behind = WriteBehind(self.write, pending=16)
+
+    def missing(self, jobs):
+        """Those whose features are not there, whole and of the right shape."""
+        index = {(entry["image"], entry["version"]): entry for entry in read_index(self.out)}
+        return [job for job in jobs if job not in index or not self.is_done(index[job])]
+
+    def is_done(self, entry):
+        try:
+            return open_features(self.out / entry["file"]).shape == (*entry["grid"], self.dim)
+        except (RunFailed, KeyError):
+            return False
+
+    def save(self, job, plan, features):
+        """Features (h, w, D) of a job, and how it was augmented; written by a thread."""
+        image, version = job
+        file = f"features/{image}.npy" if version == 0 else f"features/{image}.{version}.npy"
+        entry = {"image": image, "version": version, "file": file, **plan,
+                 "grid": list(features.shape[:2])}
+        self.bytes += 2 * features.numel()
+        self.write_behind(entry, features)
+
+    def write(self, entry, features):
+        """One .npy file, and then its line: whoever finds the line finds a whole file."""
+        with atomic_path(self.out / entry["file"]) as temporary, open(temporary, "wb") as file:
+            np.save(file, features.to(torch.float16).cpu().numpy())
+        append_json_lines(self.index_path, entry)
+
+    def fail(self, job, error):
+        append_json_lines(self.failures_path, {"image": job[0], "version": job[1], "error": error})
+
+    def merge(self, alone):
+        """What all writers noted so far, in order, as one index and one list of failures: (done
+        jobs, failures). alone: no other machine is still writing, or merging."""
+        index = read_index(self.out)
+        done = {(entry["image"], entry["version"]) for entry in index}
+        failures = {(entry["image"], entry["version"]): entry
+                    for path in sorted(self.out.glob("failures*.jsonl"))
+                    for entry in read_json_lines(path)}
+        failures = [failures[job] for job in sorted(failures) if job not in done]
+        write_json_lines(self.out / "index.jsonl", index, f"{self.writer}-")
+        if failures:
+            write_json_lines(self.out / "failures.jsonl", failures, f"{self.writer}-")
+        for part in [*self.out.glob("index-*.jsonl"), *self.out.glob("failures-*.jsonl")]:
+            if alone:
+                part.unlink()
+        return done, failures
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+def extract(pictures, jobs, encode, folder, workers, progress, strict=False):
+    """For each job: its picture's pixels, their stitched features, a file of them."""
+    for job, (plan, pixels, error) in zip(jobs, prefetch(pictures.load, jobs, workers)):
+        if error is None:
+            folder.save(job, plan, encode(pixels))  # (3, H, W) -> (H / patch, W / patch, D)
+        elif strict:
+            raise RunFailed(f"{error} (--strict)")
+        else:
+            folder.fail(job, error)
+        progress.update()
+    folder.write_behind.wait()
+
+
+# ---- main ----------------------------------------------------------------------------------------
 
 def parse_shard(text):
     """--shard I/N as (I - 1, N)."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise WrongCall(f"--shard {text}: give I/N with I from 1 to N, such as 1/4, 2/4, 3/4 and 4/4 on four machines")
+        raise WrongCall(f"--shard {text}: give I/N with I from 1 to N, such as 1/4, 2/4, 3/4 and "
+                        "4/4 on four machines")
     return int(index) - 1, int(count)
 
 
-def estimate_bytes(jobs, root, augmentation, patch, seed, dim, looked_at=500):
-    """Disk needs of some jobs' features, from the sizes of (at most looked_at, evenly spread) pictures: float16, D to a cell."""
-    sizes = []
-    for image, version in jobs[::max(1, len(jobs) // looked_at)]:
-        try:
-            with Image.open(root / image) as picture:
-                size = planned_size(plan_augmentation(picture.size[::-1], augmentation, patch, f"{seed}/{version}/{image}"))
-        except Exception:  # not a picture; it will be noted when its turn comes
-            continue
-        sizes.append(size[0] // patch * (size[1] // patch) * dim * 2 + 128)  # 128: the header of an .npy file
-    return int(np.mean(sizes or [0]) * len(jobs))
-
-
-def feature_path(image, version):
-    return f"features/{image}.npy" if version == 0 else f"features/{image}.{version}.npy"
-
-
-def is_done(out, entry, dim):
-    """Whether an index entry's features are there, whole and of the right shape."""
-    try:
-        return open_features(out / entry["file"]).shape == (*entry["grid"], dim)
-    except (RunFailed, KeyError):
-        return False
-
-
-def load_group(jobs, root, augmentation, patch, seed):
-    """Decode and augment some pictures: a list of (image, version, plan, pixels or None, error or None)."""
-    loaded = []
-    for image, version in jobs:
-        try:
-            pixels = read_image(root / image)
-            if min(pixels.shape[-2:]) < patch:
-                raise RunFailed(f"{root / image}: {pixels.shape[-2]} x {pixels.shape[-1]} pixels are less than one patch of {patch}")
-            plan = plan_augmentation(pixels.shape[-2:], augmentation, patch, f"{seed}/{version}/{image}")
-            loaded.append((image, version, plan, apply_augmentation(pixels, plan), None))
-        except RunFailed as error:
-            loaded.append((image, version, None, None, str(error)))
-    return loaded
-
-
-def save_features(out, index, entry, features):
-    """One .npy file, and then its line in this writer's index: whoever finds the line finds a whole file."""
-    with atomic_path(out / entry["file"]) as temporary, open(temporary, "wb") as file:
-        np.save(file, features.to(torch.float16).cpu().numpy())
-    append_json_line(index, entry)
-
-
 def list_backbones():
-    """The table of --list-backbones, from the architectures themselves, built without memory for weights."""
-    known = 0
-    for name in open_clip.list_models():
+    """The table of --list-backbones, from the architectures themselves, built without memory for
+    weights."""
+    known, names = 0, open_clip.list_models()
+    for name in names:
         try:
             with torch.device("meta"):
                 backbone = load_backbone(name, random_init=True, device="meta")
-            known += 1
-            native = f"{backbone.window[0]} x {backbone.window[1]}" if backbone.window else "any size"
-            print(f"{name:36} patch {backbone.patch}, {native}, {len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
-                  f"pooled by {backbone.pooling}; {len(open_clip.list_pretrained_tags_by_model(name))} published weights")
         except (WrongCall, RunFailed) as error:
             print(f"{name:36} no: {str(error).partition(': ')[2]}")
-    print(f"{known} of {len(open_clip.list_models())} architectures work; besides them, siglip2-naflex and dinov3txt")
+            continue
+        known += 1
+        window = backbone.window
+        print(f"{name:36} patch {backbone.patch}, "
+              f"{f'{window[0]} x {window[1]}' if window else 'any size'}, "
+              f"{len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
+              f"pooled by {backbone.pooling}; "
+              f"{len(open_clip.list_pretrained_tags_by_model(name))} published weights")
+    print(f"{known} of {len(names)} architectures work; besides them, siglip2-naflex and dinov3txt")
+
+
+def compile_backbone(backbone, device):
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise WrongCall("--compile: torch.compile needs a C++ compiler on a CPU, and neither g++ "
+                        "nor clang++ is there; install one, or leave the flag out")
+    backbone.encode_dense = torch.compile(backbone.encode_dense, options={"freezing": True})
+
+
+def announce(folder, pictures, images, jobs, dim):
+    """Say what is there and what is to come. Raises RunFailed for a disk that is too small."""
+    there = {(entry["image"], entry["version"]) for entry in read_index(folder)}
+    print(f"{len(images)} pictures in {pictures.root}, {len(there.intersection(jobs))} of "
+          f"{len(jobs)} feature maps are there")
+    need = pictures.estimate_bytes([job for job in jobs if job not in there], dim)
+    print(f"the missing maps need about {need / 1e9:.2f} GB, and the disk has "
+          f"{free_bytes(folder) / 1e9:.0f} GB free")
+    require_room(folder, need, "the missing feature maps")
+
+
+def describe_teacher(backbone, window, stride, batch_size):
+    weights = "RANDOM" if backbone.source["random_init"] else backbone.source["name"]
+    if not stride:
+        return f"single pass, weights {weights}"
+    at_once = windows_a_pass(backbone, window, batch_size)
+    reason = " (a CPU's caches hold no more)" if at_once < batch_size else ""
+    return (f"window {window[0]} x {window[1]}, stride {stride}, at most {at_once} windows a "
+            f"forward pass{reason}, weights {weights}")
+
+
+def finish(folder, jobs, shards, seconds, size):
+    """Merge what the writers noted, and say what came out. The last of shards merges all."""
+    done, failures = folder.merge(alone=shards == 1)
+    count = len(done.intersection(jobs))
+    reasons = folder.out / "failures.jsonl"
+    print(f"{count} of {len(jobs)} feature maps in {folder.out} ({size / 1e9:.2f} GB new, "
+          f"{seconds:.0f} s)")
+    if failures:
+        print(f"{len(failures)} could not be made; {reasons} says why, for example: "
+              f"{failures[0]['error']}")
+    if count + len(failures) < len(jobs):
+        print("the rest belongs to other shards" if shards > 1 else
+              "the rest is missing; the same command makes it")
+    if not count and shards == 1:
+        raise RunFailed(f"none of the pictures could be used; {reasons} says why")
 
 
 def main(args):
     if args.list_backbones:
         return list_backbones()
-    on_demo = args.images is None
-    root, out = Path(args.images or DEMO / "train").resolve(), Path(args.out)
-    args.backbone = args.backbone or ("tiny" if on_demo else "siglip2")
-    versions = args.versions or (6 if on_demo else 1)
-    augmentation = chosen_augmentation(args)
+    on_demo, out = args.images is None, Path(args.out)
+    name = args.backbone or ("tiny" if on_demo else "siglip2")
+    versions = args.versions or (DEMO_VERSIONS if on_demo else 1)
+    fields = [field.name for field in dataclasses.fields(Augmentation)]
+    augmentation = choose_augmentation(name, args.augment,
+                                       {field: getattr(args, field) for field in fields})
     shard, shards = parse_shard(args.shard)
+    root = Path(args.images or DEMO / "train").resolve()
     images = list_images(root)[:args.limit]
     root = root.parent if root.is_file() else root
 
     runtime = start_runtime(args.device, args.precision, args.seed)
-    backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+    backbone = load_backbone(name, args.random_init, runtime.device, hub_dir=args.hub_dir,
+                             dinov3_weights=args.dinov3_weights)
     window = chosen_window(backbone, args.window, args.stride)
     if args.compile:
-        if runtime.device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-            raise WrongCall("--compile: torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is there; install one, or leave the flag out")
-        backbone.encode_dense = torch.compile(backbone.encode_dense, options={"freezing": True})
+        compile_backbone(backbone, runtime.device)
+    pictures = Pictures(root, augmentation, backbone.patch, args.seed)
     settings = {
-        "backbone": args.backbone, "random_init": args.random_init, "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights,
-        "weights": weights_hash(backbone), "stride": args.stride, "window": window and list(window),
-        "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)} if augmentation else "none", "versions": versions,
-        "seed": args.seed, "precision": runtime.precision, "compile": args.compile, "images": str(root), "patch": backbone.patch, "dim": backbone.dim,
-        "torch": torch.__version__, "open_clip": open_clip.__version__,
-    }
+        "backbone": name, "random_init": args.random_init, "hub_dir": args.hub_dir,
+        "dinov3_weights": args.dinov3_weights, "weights": weights_hash(backbone),
+        "stride": args.stride, "window": window and list(window),
+        "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)}
+        if augmentation else "none", "versions": versions, "seed": args.seed,
+        "precision": runtime.precision, "compile": args.compile, "images": str(root),
+        "patch": backbone.patch, "dim": backbone.dim, "torch": torch.__version__,
+        "open_clip": open_clip.__version__}
+
     me, writers = shard * runtime.world + runtime.rank, shards * runtime.world
-    suffix = "" if writers == 1 else f"-{me + 1}of{writers}"  # every writer appends to files of its own
-    failures = out / f"failures{suffix}.jsonl"
+    folder = FeatureFolder(out, me, writers, backbone.dim)
     if runtime.rank == 0:
-        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"), writer=f"{me}-")
+        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"),
+                              writer=f"{me}-")
         for old in out.glob("failures*.jsonl") if shards == 1 else ():
             old.unlink()
     runtime.barrier()
-    failures.unlink(missing_ok=True)
-
-    index = {(entry["image"], entry["version"]): entry for entry in read_index(out)}
+    folder.failures_path.unlink(missing_ok=True)
     jobs = [(image, version) for image in images for version in range(versions)]
-    groups = [jobs[first:first + IMAGES_PER_GROUP] for first in range(0, len(jobs), IMAGES_PER_GROUP)]
-    groups = groups[me::writers]  # by place alone, so that no two writers ever have the same one, whenever they start
-    missing = {job for group in groups for job in group if job not in index or not is_done(out, index[job], backbone.dim)}
-    mine = [group for group in groups if missing.intersection(group)]
+    # by place alone, so that no two writers ever have the same job, whenever they start
+    mine = folder.missing(jobs[me::writers])
     if runtime.rank == 0:
-        print(f"{len(images)} pictures in {root}, {sum(job in index for job in jobs)} of {len(jobs)} feature maps are there; "
-              f"{f'window {window[0]} x {window[1]}, stride {args.stride}' if args.stride else 'single pass'}, weights {'RANDOM' if args.random_init else args.backbone}")
-        need = estimate_bytes([job for job in jobs if job not in index], root, augmentation, backbone.patch, args.seed, backbone.dim)
-        print(f"the missing maps need about {need / 1e9:.2f} GB, and the disk has {free_bytes(out) / 1e9:.0f} GB free")
-        require_room(out, need, "the missing feature maps")
+        print(describe_teacher(backbone, window, args.stride, args.batch_size))
+        announce(out, pictures, images, jobs, backbone.dim)
 
-    started, cells = time.time(), 0
-    bar = tqdm(total=sum(len(missing.intersection(group)) for group in mine), desc="teacher", unit="map", disable=runtime.rank > 0)
-    with bar as progress, concurrent.futures.ThreadPoolExecutor(1) as writer:
-        writing = []
-        for group in prefetch(lambda group: load_group(group, root, augmentation, backbone.patch, args.seed), mine, args.workers):
-            usable = [(image, version, plan, pixels) for image, version, plan, pixels, error in group if error is None]
-            for image, version, _, _, error in group:
-                if error is not None and (image, version) in missing:
-                    if args.strict:
-                        raise RunFailed(f"{error} (--strict)")
-                    append_json_line(failures, {"image": image, "version": version, "error": error})
-                    progress.update()
-            maps = stitched_features(backbone, [backbone.normalise(pixels) for *_, pixels in usable], window, args.stride, args.batch_size, runtime.autocast)
-            for (image, version, plan, _), features in zip(usable, maps):
-                if (image, version) in missing:
-                    assert features.shape == (*(side // backbone.patch for side in planned_size(plan)), backbone.dim)
-                    entry = {"image": image, "version": version, "file": feature_path(image, version), **plan, "grid": list(features.shape[:2])}
-                    writing.append(writer.submit(save_features, out, out / f"index{suffix}.jsonl", entry, features))
-                    cells += features.shape[0] * features.shape[1]
-            while writing and (len(writing) > 2 * IMAGES_PER_GROUP or writing[0].done()):
-                writing.pop(0).result()  # a failed write ends the run here
-                progress.update()
-        for future in writing:
-            future.result()
-            progress.update()
-    cells = runtime.add_up(torch.tensor(float(cells), device=runtime.device)).item()
+    def encode(pixels):
+        return stitched_features(backbone, backbone.normalise(pixels), window, args.stride,
+                                 args.batch_size, runtime.autocast)
+
+    started = time.time()
+    with tqdm(total=len(mine), desc="teacher", unit="map", disable=runtime.rank > 0) as progress:
+        extract(pictures, mine, encode, folder, args.workers, progress, args.strict)
+    size = runtime.total(folder.bytes)
     if runtime.rank == 0:
-        finish(out, jobs, shards, me, time.time() - started, cells * backbone.dim * 2)
-
-
-def finish(out, jobs, shards, me, seconds, size):
-    """Merge what the writers noted, in order, and say what came out. With shards, the last to finish merges all of it."""
-    index = read_index(out)
-    done = {(entry["image"], entry["version"]) for entry in index}
-    failures = {(entry["image"], entry["version"]): entry for path in sorted(out.glob("failures*.jsonl")) for entry in read_json_lines(path)}
-    failures = [failures[job] for job in sorted(failures) if job not in done]
-    write_json_lines(out / "index.jsonl", index, f"{me}-")
-    if failures:
-        write_json_lines(out / "failures.jsonl", failures, f"{me}-")
-    for part in [*out.glob("index-*.jsonl"), *out.glob("failures-*.jsonl")] if shards == 1 else ():
-        part.unlink()  # with shards another machine may still be writing, or merging
-    count = sum(job in done for job in jobs)
-    print(f"{count} of {len(jobs)} feature maps in {out} ({size / 1e9:.2f} GB new, {seconds:.0f} s)")
-    if failures:
-        print(f"{len(failures)} could not be made; {out / 'failures.jsonl'} says why, for example: {failures[0]['error']}")
-    if count + len(failures) < len(jobs):
-        print("the rest belongs to other shards" if shards > 1 else "the rest is missing; the same command makes it")
-    if not count and shards == 1:
-        raise RunFailed(f"none of the pictures could be used; {out / 'failures.jsonl'} says why")
+        finish(folder, jobs, shards, time.time() - started, size)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,59 @@
 """Labelled scenes for the demo: stuff and things, drawn procedurally, with exact label maps.
 
-A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and things that cover each other
-and are cut by the border. A label is a *concept*: one of the `STUFF`, or a kind of thing, for some kinds in a colour (`THINGS`).
+A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and
+things that cover each other and are cut by the border. A label is a *concept*: one of the `STUFF`,
+or a kind of thing, for some kinds in a colour (`THINGS`).
 
-Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where flowers grow, one in about 39
-pixels. What a patch between the marks is, only its surroundings tell, as they tell a cloud from snow; and where there is the
-one, there is often the other (`TWINS`).
+Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where
+flowers grow, one in about 39 pixels. What a patch between the marks is, only its surroundings tell,
+as they tell a cloud from snow; and where there is the one, there is often the other (`TWINS`).
 """
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow", "flower field", "lily pond", "pebble beach", "parking lot", "ice rink"]
-COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60), "blue": (45, 85, 205),
-           "purple": (135, 60, 170), "white": (235, 235, 235)}
+STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow",
+         "flower field", "lily pond", "pebble beach", "parking lot", "ice rink"]
+COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60),
+           "blue": (45, 85, 205), "purple": (135, 60, 170), "white": (235, 235, 235)}
 
 # Names are what captions and class lists use; the first is the class, the others its synonyms.
 NAMES = {
-    "sky": ["sky", "clouds"], "grass": ["grass", "lawn", "meadow"], "water": ["water", "sea", "lake"],
-    "sand": ["sand", "beach"], "brick wall": ["brick wall", "bricks"], "wood": ["wood", "wooden fence", "planks"],
-    "road": ["road", "street", "asphalt"], "snow": ["snow"], "flower field": ["flower field"], "lily pond": ["lily pond", "pond"],
-    "pebble beach": ["pebble beach", "pebbles"], "parking lot": ["parking lot", "car park"], "ice rink": ["ice rink", "rink"],
-    "ball": ["ball"], "car": ["car", "automobile"], "box": ["box", "crate", "parcel"], "tent": ["tent", "teepee"],
-    "tree": ["tree", "bush"], "house": ["house", "cottage", "hut"], "mushroom": ["mushroom", "toadstool"], "fish": ["fish"],
+    "sky": ["sky", "clouds"], "grass": ["grass", "lawn", "meadow"],
+    "water": ["water", "sea", "lake"], "sand": ["sand", "beach"],
+    "brick wall": ["brick wall", "bricks"], "wood": ["wood", "wooden fence", "planks"],
+    "road": ["road", "street", "asphalt"], "snow": ["snow"],
+    "flower field": ["flower field"], "lily pond": ["lily pond", "pond"],
+    "pebble beach": ["pebble beach", "pebbles"], "parking lot": ["parking lot", "car park"],
+    "ice rink": ["ice rink", "rink"],
+    "ball": ["ball"], "car": ["car", "automobile"], "box": ["box", "crate", "parcel"],
+    "tent": ["tent", "teepee"], "tree": ["tree", "bush"], "house": ["house", "cottage", "hut"],
+    "mushroom": ["mushroom", "toadstool"], "fish": ["fish"],
 }
 
-# What is scattered over what: the colour, the half axes in pixels and the outline of a mark.
-MARKED = {"flower field": ("grass", (235, 90, 170), (5, 5), "ellipse"), "lily pond": ("water", (60, 150, 70), (8, 5), "ellipse"),
-          "pebble beach": ("sand", (120, 120, 125), (6, 5), "ellipse"), "parking lot": ("road", (235, 200, 60), (2, 9), "rectangle"),
-          "ice rink": ("snow", (70, 110, 215), (9, 2), "rectangle")}
-TWINS = {name: ground for name, (ground, *_) in MARKED.items()} | {ground: name for name, (ground, *_) in MARKED.items()}
+
+class Marks(NamedTuple):
+    """What is scattered over which stuff."""
+    ground: str
+    colour: tuple
+    axes: tuple  # half of a mark's width and height, pixels
+    outline: str
+
+
+MARKED = {
+    "flower field": Marks("grass", (235, 90, 170), (5, 5), "ellipse"),
+    "lily pond": Marks("water", (60, 150, 70), (8, 5), "ellipse"),
+    "pebble beach": Marks("sand", (120, 120, 125), (6, 5), "ellipse"),
+    "parking lot": Marks("road", (235, 200, 60), (2, 9), "rectangle"),
+    "ice rink": Marks("snow", (70, 110, 215), (9, 2), "rectangle"),
+}
+TWINS = ({name: marks.ground for name, marks in MARKED.items()}
+         | {marks.ground: name for name, marks in MARKED.items()})
 
 
 def ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi):
-    """Corners of an ellipse (or of a slice of one) in the unit square [-1, 1]^2: (n, 2), x before y."""
+    """Corners of an ellipse (or of a slice) in the unit square [-1, 1]^2: (n, 2), x before y."""
     t = np.linspace(start, stop, 30)
     return np.stack([cx + rx * np.cos(t), cy + (ry or rx) * np.sin(t)], 1)
 
@@ -43,30 +62,42 @@ def rectangle(x0, y0, x1, y1):
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
 
 
-# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a triple is RGB.
+# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a
+# triple is RGB.
 KINDS = {
     "ball": [(ellipse(0, 0, 1), "main")],
-    "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"), (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
-    "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), "main"), (np.array([(0, -0.1), (0.3, 0.8), (-0.3, 0.8)]), (40, 35, 40))],
-    "house": [(rectangle(-0.75, -0.2, 0.75, 1), "main"), (np.array([(0, -1), (1, -0.15), (-1, -0.15)]), 0.55),
-              (rectangle(-0.15, 0.35, 0.2, 1), (70, 45, 30)), (rectangle(-0.6, 0.05, -0.25, 0.4), (190, 220, 240)),
+    "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"),
+            (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
+    "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), "main"),
+             (np.array([(0, -0.1), (0.3, 0.8), (-0.3, 0.8)]), (40, 35, 40))],
+    "house": [(rectangle(-0.75, -0.2, 0.75, 1), "main"),
+              (np.array([(0, -1), (1, -0.15), (-1, -0.15)]), 0.55),
+              (rectangle(-0.15, 0.35, 0.2, 1), (70, 45, 30)),
+              (rectangle(-0.6, 0.05, -0.25, 0.4), (190, 220, 240)),
               (rectangle(0.3, 0.05, 0.6, 0.4), (190, 220, 240))],
-    "tree": [(rectangle(-0.14, 0.2, 0.14, 1), (95, 65, 40)), (ellipse(0, -0.35, 0.65), "main"), (ellipse(-0.5, 0.05, 0.42), 0.9),
-             (ellipse(0.5, 0.05, 0.42), 0.85)],
-    "car": [(rectangle(-1, -0.1, 1, 0.4), "main"), (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), "main"),
+    "tree": [(rectangle(-0.14, 0.2, 0.14, 1), (95, 65, 40)), (ellipse(0, -0.35, 0.65), "main"),
+             (ellipse(-0.5, 0.05, 0.42), 0.9), (ellipse(0.5, 0.05, 0.42), 0.85)],
+    "car": [(rectangle(-1, -0.1, 1, 0.4), "main"),
+            (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), "main"),
             (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), (185, 215, 235)),
             (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]), (185, 215, 235)),
             (ellipse(-0.55, 0.4, 0.25), (30, 30, 32)), (ellipse(0.55, 0.4, 0.25), (30, 30, 32))],
-    "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)), (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
-                 (ellipse(-0.4, -0.3, 0.15), (245, 240, 230)), (ellipse(0.3, -0.45, 0.17), (245, 240, 230)),
+    "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)),
+                 (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
+                 (ellipse(-0.4, -0.3, 0.15), (245, 240, 230)),
+                 (ellipse(0.3, -0.45, 0.17), (245, 240, 230)),
                  (ellipse(0.55, -0.08, 0.12), (245, 240, 230))],
-    "fish": [(ellipse(-0.15, 0, 0.75, 0.5), "main"), (np.array([(0.4, 0), (1, -0.5), (1, 0.5)]), 0.75), (ellipse(-0.55, -0.12, 0.09), (15, 15, 15))],
+    "fish": [(ellipse(-0.15, 0, 0.75, 0.5), "main"),
+             (np.array([(0.4, 0), (1, -0.5), (1, 0.5)]), 0.75),
+             (ellipse(-0.55, -0.12, 0.09), (15, 15, 15))],
 }
 COLOUR_NAMES = list(COLOURS)
-OWN_COLOUR = {"tree": (45, 120, 45), "house": (190, 150, 105), "mushroom": (205, 45, 40), "fish": (240, 130, 30)}  # the other kinds come in any
+OWN_COLOUR = {"tree": (45, 120, 45), "house": (190, 150, 105), "mushroom": (205, 45, 40),
+              "fish": (240, 130, 30)}  # the other kinds come in any
 
 # Every thing as (kind, colour), where the colour of a kind that has its own is None.
-THINGS = [(kind, colour) for kind in KINDS for colour in ([None] if kind in OWN_COLOUR else COLOUR_NAMES)]
+THINGS = [(kind, colour) for kind in KINDS
+          for colour in ([None] if kind in OWN_COLOUR else COLOUR_NAMES)]
 
 # Things that never occur in what the backbone is trained on, neither as pixels nor as words.
 HELD_OUT = {("ball", "yellow"), ("car", "green"), ("box", "purple"), ("tent", "blue")}
@@ -85,44 +116,62 @@ def concept(label):
 def smooth_noise(rng, h, w, cell_h, cell_w=None):
     """Noise in about [-1, 1] whose grains are cell_h x cell_w pixels: (h, w) float32."""
     cell_w = cell_w or cell_h
-    coarse = rng.uniform(-1, 1, (max(2, int(h / cell_h) + 2), max(2, int(w / cell_w) + 2))).astype(np.float32)
+    shape = max(2, int(h / cell_h) + 2), max(2, int(w / cell_w) + 2)
+    coarse = rng.uniform(-1, 1, shape).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((w, h), Image.BICUBIC))
+
+
+def brick_wall(rng, y, x, s):
+    """y, x: the pixels' coordinates, (h, w) each; s: how large the bricks are."""
+    bh, bw = 9 * s, 22 * s
+    row = np.floor(y / bh)
+    shifted = x + (row % 2) * bw / 2
+    column = np.floor(shifted / bw)
+    mortar = ((y % bh) < 1.6) | ((shifted % bw) < 1.6)
+    shade = rng.uniform(-1, 1, (int(row.max()) + 1, int(column.max()) + 1))
+    shade = shade[row.astype(int), column.astype(int)]
+    base = np.array([(165, 80, 60), (150, 110, 85), (120, 95, 95)][rng.integers(3)])
+    wall = base + (18 * shade + 8 * smooth_noise(rng, *x.shape, 4))[..., None]
+    return np.where(mortar[..., None], np.array([195, 188, 178]), wall)
+
+
+def planks(rng, x, s):
+    """x: the pixels' column, (h, w); s: how wide the planks are."""
+    plank = np.floor(x / (17 * s))
+    shade = rng.uniform(-1, 1, int(plank.max()) + 1)[plank.astype(int)]
+    grain = np.sin(x * 0.9 + 4 * smooth_noise(rng, *x.shape, 40, 9))
+    grain = grain + smooth_noise(rng, *x.shape, 20, 3)
+    wall = np.array([150, 105, 62]) + (20 * shade + 9 * grain)[..., None]
+    return np.where(((x % (17 * s)) < 1.5)[..., None], 60, wall)
 
 
 def paint_stuff(name, rng, h, w):
     """A texture that fills h x w pixels: (h, w, 3) float32 in 0..255."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
     if name in MARKED:
-        return scatter_marks(rng, *MARKED[name], h, w)
+        return scatter_marks(rng, MARKED[name], h, w)
     s = rng.uniform(0.8, 1.5)
     if name == "sky":
-        clouds = np.clip(smooth_noise(rng, h, w, 34 * s, 60 * s) + 0.5 * smooth_noise(rng, h, w, 14 * s, 22 * s) + rng.uniform(-0.6, 0.3), 0, 1)
+        clouds = smooth_noise(rng, h, w, 34 * s, 60 * s)
+        clouds = clouds + 0.5 * smooth_noise(rng, h, w, 14 * s, 22 * s)
+        clouds = np.clip(clouds + rng.uniform(-0.6, 0.3), 0, 1)
         base = np.array([rng.uniform(90, 150), rng.uniform(150, 195), rng.uniform(215, 245)])
         return base * (1 - clouds[..., None]) + 240 * clouds[..., None]
     if name == "grass":
         blades = smooth_noise(rng, h, w, 7 * s, 2 * s) + 0.6 * smooth_noise(rng, h, w, 30)
         return np.array([75, 140, 55]) + blades[..., None] * np.array([28, 34, 20])
     if name == "water":
-        ripples = np.sin(y / (2.2 * s) + 2.5 * smooth_noise(rng, h, w, 12 * s, 30 * s)) + smooth_noise(rng, h, w, 4, 16 * s)
+        ripples = np.sin(y / (2.2 * s) + 2.5 * smooth_noise(rng, h, w, 12 * s, 30 * s))
+        ripples = ripples + smooth_noise(rng, h, w, 4, 16 * s)
         return np.array([45, 105, 150]) + ripples[..., None] * np.array([14, 18, 18])
     if name == "sand":
-        grains = rng.normal(0, 1, (h, w)) * 0.6 + smooth_noise(rng, h, w, 16 * s, 40 * s) + 0.6 * np.sin((y + 0.4 * x) / (6 * s) + 2 * smooth_noise(rng, h, w, 30))
+        grains = rng.normal(0, 1, (h, w)) * 0.6 + smooth_noise(rng, h, w, 16 * s, 40 * s)
+        grains = grains + 0.6 * np.sin((y + 0.4 * x) / (6 * s) + 2 * smooth_noise(rng, h, w, 30))
         return np.array([212, 186, 130]) + grains[..., None] * np.array([13, 13, 12])
     if name == "brick wall":
-        bh, bw = 9 * s, 22 * s
-        row = np.floor(y / bh)
-        column = np.floor((x + (row % 2) * bw / 2) / bw)
-        mortar = ((y % bh) < 1.6) | (((x + (row % 2) * bw / 2) % bw) < 1.6)
-        shade = rng.uniform(-1, 1, (int(row.max()) + 1, int(column.max()) + 1))[row.astype(int), column.astype(int)]
-        base = np.array([(165, 80, 60), (150, 110, 85), (120, 95, 95)][rng.integers(3)])
-        wall = base + (18 * shade + 8 * smooth_noise(rng, h, w, 4))[..., None]
-        return np.where(mortar[..., None], np.array([195, 188, 178]), wall)
+        return brick_wall(rng, y, x, s)
     if name == "wood":
-        plank = np.floor(x / (17 * s))
-        shade = rng.uniform(-1, 1, int(plank.max()) + 1)[plank.astype(int)]
-        grain = np.sin(x * 0.9 + 4 * smooth_noise(rng, h, w, 40, 9)) + smooth_noise(rng, h, w, 20, 3)
-        wall = np.array([150, 105, 62]) + (20 * shade + 9 * grain)[..., None]
-        return np.where(((x % (17 * s)) < 1.5)[..., None], 60, wall)
+        return planks(rng, x, s)
     if name == "road":
         speckle = rng.normal(0, 1, (h, w)) * 9 + 10 * smooth_noise(rng, h, w, 24 * s)
         road = np.full((h, w, 3), 105.0) + speckle[..., None]
@@ -134,20 +183,24 @@ def paint_stuff(name, rng, h, w):
     raise KeyError(name)
 
 
-def scatter_marks(rng, ground, colour, axes, outline, h, w):
+def scatter_marks(rng, marks, h, w):
     """Stuff with marks on a jittered grid: (h, w, 3) float32."""
-    picture = Image.fromarray(paint_stuff(ground, rng, h, w).clip(0, 255).astype(np.uint8))
+    picture = Image.fromarray(paint_stuff(marks.ground, rng, h, w).clip(0, 255).astype(np.uint8))
     pen, spacing = ImageDraw.Draw(picture), rng.uniform(34, 44)
     for y in np.arange(rng.uniform(0, spacing), h, spacing):
         for x in np.arange(rng.uniform(0, spacing), w, spacing):
-            cx, cy = np.array([x, y]) + rng.uniform(-0.2, 0.2, 2) * spacing
-            getattr(pen, outline)([cx - axes[0], cy - axes[1], cx + axes[0], cy + axes[1]], fill=tuple(int(v) for v in colour + rng.normal(0, 9, 3)))
+            centre = np.array([x, y]) + rng.uniform(-0.2, 0.2, 2) * spacing
+            fill = tuple(int(v) for v in marks.colour + rng.normal(0, 9, 3))
+            getattr(pen, marks.outline)([*(centre - marks.axes), *(centre + marks.axes)], fill=fill)
     return np.asarray(picture, np.float32)
 
 
 def surface(kind, x, y, radius, rng):
-    """What a kind looks like from close by: factors on its colour at points of the unit square, (n, n) each way."""
-    u, v = x * radius, y * radius  # pixels, so that a pattern is as fine on a large thing as on a small one
+    """What a kind looks like from close by: (n, n) factors on its colour.
+
+    x, y: points of the unit square, (n, n) each.
+    """
+    u, v = x * radius, y * radius  # pixels: a pattern is as fine on a large thing as on a small one
     return {
         "ball": lambda: np.where(np.hypot(u, v) % 20 < 10, 1.2, 0.6),
         "box": lambda: np.where((u % 5 < 2) | (v % 5 < 2), 0.5, 1.1),
@@ -156,35 +209,51 @@ def surface(kind, x, y, radius, rng):
         "tree": lambda: 1 + 0.5 * smooth_noise(rng, *x.shape, 4),
         "car": lambda: 1.1 - 0.25 * y,
         "mushroom": lambda: np.where((u % 11 - 5) ** 2 + (v % 11 - 5) ** 2 < 9, 1.6, 0.95),
-        "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6, 1.15, 0.75),
+        "fish": lambda: np.where((u % 6 - 3) ** 2 + ((v + 3 * (u // 6 % 2)) % 6 - 3) ** 2 < 6,
+                                 1.15, 0.75),
     }[kind]()
 
 
 def paint_thing(kind, colour, radius, rng):
-    """One thing on its own canvas of side 2 * radius + 3: (colours (n, n, 3) float32, coverage (n, n) in [0, 1])."""
+    """One thing on its own canvas of side n = 2 * radius + 3.
+
+    Returns its colours (n, n, 3) float and how far it covers each pixel, (n, n) in [0, 1].
+    """
     side, scale = 2 * radius + 3, 3
-    angle = rng.normal(0, 0.2) if kind in ("house", "tree", "car", "tent", "mushroom") else rng.uniform(-np.pi, np.pi) if kind == "box" else rng.normal(0, 0.5)
+    if kind == "box":
+        angle = rng.uniform(-np.pi, np.pi)
+    else:
+        angle = rng.normal(0, 0.2 if kind in ("house", "tree", "car", "tent", "mushroom") else 0.5)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
     y, x = np.mgrid[:side, :side].astype(np.float32)
 
-    local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius  # (n, n, 2) in the unit square of KINDS
-    main = np.array(OWN_COLOUR.get(kind) or COLOURS[colour], np.float32) * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
+    # (n, n, 2), in the unit square of KINDS
+    local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius
+    main = np.array(OWN_COLOUR.get(kind) or COLOURS[colour], np.float32)
+    main = main * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
     main = main * surface(kind, local[..., 0], local[..., 1], radius, rng)[..., None]
 
-    colours, coverage = np.zeros((side, side, 3), np.float32), np.zeros((side, side), np.float32)
+    colours = np.zeros((side, side, 3), np.float32)
+    coverage = np.zeros((side, side), np.float32)
     for corners, paint in KINDS[kind]:
         placed = ((corners * flip) @ rotation.T * radius + side / 2) * scale
         mask = Image.new("L", (side * scale, side * scale))
         ImageDraw.Draw(mask).polygon([tuple(p) for p in placed], fill=255)
         alpha = np.asarray(mask.reduce(scale), np.float32) / 255
-        fill = main if isinstance(paint, str) else main * paint if isinstance(paint, float) else np.array(paint, np.float32)
+        if isinstance(paint, tuple):
+            fill = np.array(paint, np.float32)
+        else:
+            fill = main if paint == "main" else main * paint
         colours = colours * (1 - alpha[..., None]) + fill * alpha[..., None]
         coverage = np.maximum(coverage, alpha)
     direction = rng.uniform(0, 2 * np.pi)
-    shade = 1 + rng.uniform(0.05, 0.25) * (np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)) * 2
-    # where parts overlap the background a little, their colour is spread to the edge so that it does not darken
-    colours = np.where(coverage[..., None] > 0, colours / np.maximum(coverage, 0.3)[..., None], colours) * shade[..., None]
+    slope = np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)
+    shade = 1 + rng.uniform(0.05, 0.25) * slope * 2
+    # where parts overlap the background a little, their colour is spread to the edge so that it
+    # does not darken
+    spread = colours / np.maximum(coverage, 0.3)[..., None]
+    colours = np.where(coverage[..., None] > 0, spread, colours) * shade[..., None]
     return colours, coverage
 
 
@@ -192,7 +261,8 @@ def blob(rng, h, w, size):
     """A soft-edged region of about size x 2 size pixels somewhere in the picture: (h, w) bool."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
     cy, cx, r = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0.6, 1.4) * size
-    return ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2 + 0.35 * smooth_noise(rng, h, w, 50) < 1
+    distance = ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2
+    return distance + 0.35 * smooth_noise(rng, h, w, 50) < 1
 
 
 class Layout(NamedTuple):
@@ -201,24 +271,35 @@ class Layout(NamedTuple):
     sizes: tuple  # of regions, as shares of the scene's short side
     twins: float  # how often a region's stuff is the one that looks like the lower background
     things: float  # mean number of things beyond the first
-    smallness: float  # of things: the exponent of a uniform draw between the largest radius (0.4 of the short side) and 10 pixels
+    # of things: the exponent of a uniform draw between the largest radius (0.4 of the short side)
+    # and 10 pixels
+    smallness: float
 
 
-# the backbone learns from busy scenes; the pictures are calm: few of their pixels are near an edge, where patches of 16 are too coarse
-BUSY, CALM = Layout(0.8, (0.25, 0.45), 0.5, 2, 0.3), Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)
+# the backbone learns from busy scenes; the pictures are calm: few of their pixels are near an edge,
+# where patches of 16 are too coarse
+BUSY = Layout(0.8, (0.25, 0.45), 0.5, 2, 0.3)
+CALM = Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)
 
 
 def render_scene(rng, height, width, things, layout):
-    """A scene. things: the (kind, colour) pairs to draw from; layout: how many and how large. Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8."""
+    """A scene. things: the (kind, colour) pairs to draw from; layout: how many and how large.
+
+    Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8.
+    """
     upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
     lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
     x = np.arange(width)
-    horizon = rng.uniform(0.2, 0.6) * height + smooth_noise(rng, 2, width, 2, 60)[0] * (2 if upper != "sky" else 10) + rng.normal(0, 0.06) * (x - width / 2)
+    waves = 2 if upper != "sky" else 10
+    horizon = rng.uniform(0.2, 0.6) * height + smooth_noise(rng, 2, width, 2, 60)[0] * waves
+    horizon = horizon + rng.normal(0, 0.06) * (x - width / 2)
     below = np.arange(height)[:, None] >= horizon[None]
     labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
-    picture = np.where(below[..., None], paint_stuff(lower, rng, height, width), paint_stuff(upper, rng, height, width))
+    picture = np.where(below[..., None], paint_stuff(lower, rng, height, width),
+                       paint_stuff(upper, rng, height, width))
     for _ in range(1 + rng.poisson(layout.regions)):
-        other = TWINS[lower] if lower in TWINS and rng.uniform() < layout.twins else rng.choice(STUFF)
+        twin = lower in TWINS and rng.uniform() < layout.twins
+        other = TWINS[lower] if twin else rng.choice(STUFF)
         region = blob(rng, height, width, rng.uniform(*layout.sizes) * min(height, width))
         picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
         labels[region] = STUFF.index(other)
@@ -228,13 +309,16 @@ def render_scene(rng, height, width, things, layout):
         radius = int(10 * (0.4 * min(height, width) / 10) ** rng.uniform() ** layout.smallness)
         colours, coverage = paint_thing(kind, colour, radius, rng)
         side = len(coverage)
-        top, left = rng.integers(-side // 3, height - 2 * side // 3), rng.integers(-side // 3, width - 2 * side // 3)
+        top = rng.integers(-side // 3, height - 2 * side // 3)
+        left = rng.integers(-side // 3, width - 2 * side // 3)
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
         part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
         alpha = coverage[part][..., None]
         picture[y0:y1, x0:x1] = picture[y0:y1, x0:x1] * (1 - alpha) + colours[part] * alpha
         labels[y0:y1, x0:x1][coverage[part] > 0.5] = thing_label(kind, colour)
 
-    light = 1 + rng.uniform(-0.16, 0.16) + 0.16 * smooth_noise(rng, height, width, max(height, width))
-    picture = picture * light[..., None] * rng.uniform(0.94, 1.06, 3) + rng.normal(0, rng.uniform(1.5, 5), (height, width, 1))
+    light = 1 + rng.uniform(-0.16, 0.16)
+    light = light + 0.16 * smooth_noise(rng, height, width, max(height, width))
+    picture = picture * light[..., None] * rng.uniform(0.94, 1.06, 3)
+    picture = picture + rng.normal(0, rng.uniform(1.5, 5), (height, width, 1))
     return np.clip(picture, 0, 255).astype(np.uint8), labels

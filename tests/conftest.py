@@ -14,8 +14,10 @@ from common import load_backbone
 MICRO = {
     "model_cfg": {
         "embed_dim": 24,
-        "vision_cfg": {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        "vision_cfg": {"image_size": 64, "layers": 3, "width": 32, "head_width": 16,
+                       "patch_size": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2,
+                     "layers": 1},
     },
     "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]},
 }
@@ -29,7 +31,8 @@ def seed():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For comparisons to the last bit between processes: a resized picture differs by a level here and there with the number of threads."""
+    """For comparisons to the last bit between processes: a resized picture differs by a level here
+    and there with the number of threads."""
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -41,12 +44,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """An open_clip folder with a native ViT of 3 blocks, patch 16, window 64, random weights: its --backbone value."""
+    """An open_clip folder with a native ViT of 3 blocks, patch 16, window 64, random weights: its
+    --backbone value."""
     folder = tmp_path_factory.mktemp("micro")
     (folder / "open_clip_config.json").write_text(json.dumps(MICRO))
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    # random initialisation leaves most positions and biases near zero; larger ones make mistakes visible
+    # random initialisation leaves most positions and biases near zero; larger ones make
+    # mistakes visible
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
@@ -67,5 +72,6 @@ def photos(tmp_path_factory):
     for k in range(10):
         height, width = (int(side) for side in rng.integers(70, 170, 2))
         coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), np.uint8))
-        coarse.resize((width, height), Image.BICUBIC).save(folder / ("sub" if k > 7 else "") / f"{k}.png")
+        coarse.resize((width, height), Image.BICUBIC).save(
+            folder / ("sub" if k > 7 else "") / f"{k}.png")
     return folder

@@ -1,11 +1,12 @@
-"""Dense features, positions and text embeddings against open_clip's own modules; students in plain open_clip."""
+"""Dense features, positions and text embeddings against open_clip's own modules; students in plain
+open_clip."""
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import (RunFailed, WrongCall, dense_features, embed_texts, load_backbone, resize_positions, segment,
-                    single_pass_similarities)
+from common import (RunFailed, WrongCall, dense_features, embed_texts, load_backbone,
+                    resize_positions, segment, single_pass_similarities)
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,8 @@ def vit_b16():
 
 
 def maskclip(visual, images, positions):
-    """Independent: open_clip's own blocks, the last one with an attention mask that lets each token see itself alone."""
+    """Independent: open_clip's own blocks, the last one with an attention mask that lets each token
+    see itself alone."""
     tokens = visual.conv1(images).flatten(2).transpose(1, 2)
     tokens = torch.cat([visual.class_embedding.expand(len(images), 1, -1), tokens], 1) + positions
     tokens = visual.ln_pre(tokens)
@@ -34,7 +36,8 @@ def test_dense_features_equal_open_clips_modules(which, scale, request):
     grid = [max(1, int(s * side / 16)) for s, side in zip(scale, backbone.window)]
     images = torch.randn(2, 3, 16 * grid[0], 16 * grid[1])
     table = visual.positional_embedding
-    patches = F.interpolate(table[1:].T.reshape(1, -1, *visual.grid_size), size=grid, mode="bicubic", align_corners=False, antialias=False)
+    patches = F.interpolate(table[1:].T.reshape(1, -1, *visual.grid_size), size=grid,
+                            mode="bicubic", align_corners=False, antialias=False)
     positions = torch.cat([table[:1], patches.flatten(2)[0].T])
     features = backbone.encode_dense(images)
     assert features.shape == (2, *grid, backbone.dim)
@@ -45,7 +48,8 @@ def test_dense_features_equal_open_clips_modules(which, scale, request):
 def test_at_the_native_size_tokens_are_open_clips_own(backbone):
     visual, images = backbone.visual, torch.randn(2, 3, 64, 64)
     ours = backbone.run_blocks(backbone.embed(images), (4, 4), stop=len(backbone.blocks) - 1)
-    theirs = visual.forward_intermediates(images, indices=[1], output_fmt="NLC", output_extra_tokens=True)
+    theirs = visual.forward_intermediates(images, indices=[1], output_fmt="NLC",
+                                          output_extra_tokens=True)
     assert torch.allclose(ours[:, 1:], theirs["image_intermediates"][0], atol=2e-6)
     assert torch.allclose(ours[:, :1], theirs["image_intermediates_prefix"][0], atol=2e-6)
 
@@ -53,7 +57,8 @@ def test_at_the_native_size_tokens_are_open_clips_own(backbone):
 @pytest.mark.parametrize("grid", [(4, 9), (12, 3), (7, 13), (1, 1), (9, 4), (2, 18)])
 def test_positions_are_interpolated_by_size(grid):
     table = torch.randn(36, 8)
-    expected = F.interpolate(table.T.reshape(1, 8, 6, 6), size=grid, mode="bicubic", align_corners=False, antialias=False)[0].flatten(1).T
+    expected = F.interpolate(table.T.reshape(1, 8, 6, 6), size=grid, mode="bicubic",
+                             align_corners=False, antialias=False)[0].flatten(1).T
     assert torch.equal(resize_positions(table, (6, 6), grid), expected)
     assert resize_positions(table, (6, 6), (6, 6)) is table
 
@@ -61,21 +66,26 @@ def test_positions_are_interpolated_by_size(grid):
 def test_frozen_blocks_can_be_continued(backbone):
     tokens, grid = backbone.embed(torch.randn(1, 3, 96, 48)), (6, 3)
     whole = backbone.run_blocks(tokens, grid)
-    assert torch.equal(whole, backbone.run_blocks(backbone.run_blocks(tokens, grid, stop=1), grid, start=1))
+    assert torch.equal(
+        whole, backbone.run_blocks(backbone.run_blocks(tokens, grid, stop=1), grid, start=1))
 
 
 def test_text_embeddings_equal_open_clips(micro, backbone):
     names = ["cat", "a longer name with more words", "sky"]
-    theirs = open_clip.build_zero_shot_classifier(backbone.model, open_clip.get_tokenizer(micro), names, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    theirs = open_clip.build_zero_shot_classifier(
+        backbone.model, open_clip.get_tokenizer(micro), names,
+        open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert torch.allclose(embed_texts(backbone, names), theirs.T, atol=1e-6)
 
 
 def test_flops_are_those_of_the_matrix_products(backbone):
-    """Against the formula for a ViT whose last block keeps its value path only (width 32, 3 blocks, MLP ratio 4, D = 24)."""
+    """Against the formula for a ViT whose last block keeps its value path only (width 32, 3 blocks,
+    MLP ratio 4, D = 24)."""
     n, width = 6 * 10, 32
     attended = 24 * (n + 1) * width ** 2 + 4 * (n + 1) ** 2 * width
     value_path = 20 * n * width ** 2
-    assert backbone.flops((96, 160)) == 2 * attended + value_path + 2 * n * width * (3 * 16 ** 2 + 24)
+    assert (backbone.flops((96, 160))
+            == 2 * attended + value_path + 2 * n * width * (3 * 16 ** 2 + 24))
     assert all(not parameter.is_meta for parameter in backbone.parameters())
 
 
@@ -84,7 +94,8 @@ def test_any_size_can_be_segmented(backbone, size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     features = dense_features(backbone, image)
     assert features.shape == (*(max(1, int(side / 16 + 0.5)) for side in size), backbone.dim)
-    assert single_pass_similarities(backbone, image, torch.randn(3, backbone.dim)).shape == (*features.shape[:2], 3)
+    assert (single_pass_similarities(backbone, image, torch.randn(3, backbone.dim)).shape
+            == (*features.shape[:2], 3))
 
 
 def test_segment_is_the_best_name(backbone):
@@ -92,7 +103,9 @@ def test_segment_is_the_best_name(backbone):
     image = to_pil_image(torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8))
     labels = segment(backbone, image, ["cat", ["grass", "lawn"], "sky"])
     features = F.normalize(dense_features(backbone, image), dim=-1)
-    similarities = (features @ embed_texts(backbone, ["cat", "grass", "lawn", "sky"]).T).permute(2, 0, 1)[None]
+    similarities = (
+        features @ embed_texts(backbone, ["cat", "grass", "lawn", "sky"]).T
+    ).permute(2, 0, 1)[None]
     pixels = F.interpolate(similarities, size=(64, 96), mode="bilinear")[0]
     expected = torch.stack([pixels[0], pixels[1:3].amax(0), pixels[3]]).argmax(0)
     assert torch.equal(labels, expected)
@@ -114,5 +127,6 @@ def test_without_network_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RunFailed, match="huggingface.co/nobody/nothing.*local-dir:FOLDER"):
         load_backbone("hf-hub:nobody/nothing")
-    with pytest.raises(RunFailed, match="huggingface.co/laion/CLIP-ViT-B-16-laion2B-s34B-b88K.*local-dir:FOLDER"):
+    with pytest.raises(RunFailed, match="huggingface.co/laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
+                                        ".*local-dir:FOLDER"):
         load_backbone("openclip")

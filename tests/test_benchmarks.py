@@ -1,4 +1,5 @@
-"""The six benchmarks on small data in their true layouts: readers, label ids, thresholds, checks, resuming, sharing out, plots."""
+"""The six benchmarks on small data in their true layouts: readers, label ids, thresholds, checks,
+resuming, sharing out, plots."""
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate_ovs
-from common import Rule, RunFailed, WrongCall, bilinear_strips, label_map, read_classes, read_json_lines
-from data.benchmarks import BENCHMARKS, benchmark_classes, benchmark_rule, label_table, read_label_ids, to_classes
+from common import (Rule, RunFailed, WrongCall, bilinear_strips, label_map, read_classes,
+                    read_json_lines)
+from data.benchmarks import (BENCHMARKS, benchmark_classes, benchmark_rule, label_table,
+                             read_label_ids, to_classes)
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(70, 100), (90, 64), (64, 64)]
@@ -45,18 +48,24 @@ def root(tmp_path_factory):
         return grown
 
     def photo(size):
-        return np.array(Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize(size[::-1], Image.BICUBIC))
+        return np.array(Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize(
+            size[::-1], Image.BICUBIC))
 
     for k, size in enumerate(SIZES):
-        for year, kind, listing, ids in (("2012", "SegmentationClass", "Segmentation", range(21)), ("2010", "SegmentationClassContext", "SegmentationContext", range(60))):
+        for year, kind, listing, ids in (
+                ("2012", "SegmentationClass", "Segmentation", range(21)),
+                ("2010", "SegmentationClassContext", "SegmentationContext", range(60))):
             folder = root / "VOCdevkit" / f"VOC{year}"
             save(photo(size), folder / "JPEGImages" / f"2007_00{k}.jpg")
             save(photo(size), folder / "JPEGImages" / f"2008_train_{k}.jpg")  # not in the list
-            save(labels(size, ids, 255 if year == "2012" else None), folder / kind / f"2007_00{k}.png", "P")
+            save(labels(size, ids, 255 if year == "2012" else None),
+                 folder / kind / f"2007_00{k}.png", "P")
             (folder / "ImageSets" / listing).mkdir(parents=True, exist_ok=True)
-            (folder / "ImageSets" / listing / "val.txt").write_text("2007_000\n2007_001\n2007_002\n")
+            (folder / "ImageSets" / listing / "val.txt").write_text(
+                "2007_000\n2007_001\n2007_002\n")
         save(photo(size), root / f"ADEChallengeData2016/images/validation/ADE_val_0000000{k}.jpg")
-        save(labels(size, range(151)), root / f"ADEChallengeData2016/annotations/validation/ADE_val_0000000{k}.png")
+        save(labels(size, range(151)),
+             root / f"ADEChallengeData2016/annotations/validation/ADE_val_0000000{k}.png")
         city, stem = root / "cityscapes", f"lindau/lindau_00000{k}_000019"
         save(photo(size), city / f"leftImg8bit/val/{stem}_leftImg8bit.png")
         save(labels(size, range(34)), city / f"gtFine/val/{stem}_gtFine_labelIds.png")
@@ -69,31 +78,40 @@ def known_mapping(name):
         return {k: k for k in range(60)}
     if name in ("voc20", "context59", "ade20k"):
         return {k: k - 1 for k in range(1, 151)}
-    order = "7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split()  # road, sidewalk, building, wall, fence, pole, light, sign, ...
+    # road, sidewalk, building, wall, fence, pole, light, sign, ...
+    order = "7 8 11 12 13 17 19 20 21 22 23 24 25 26 27 28 31 32 33".split()
     return {int(value): k for k, value in enumerate(order)}
 
 
 @pytest.fixture
 def quick_texts(monkeypatch):
-    """Text embeddings from a hash of the name instead of a text tower: 150 classes have 12,000 prompts."""
+    """Text embeddings from a hash of the name instead of a text tower: 150 classes have 12,000
+    prompts."""
     def embed(backbone, names):
-        return F.normalize(torch.stack([torch.randn(backbone.dim, generator=torch.Generator().manual_seed(sum(map(ord, name)))) for name in names]), dim=-1)
+        return F.normalize(torch.stack([
+            torch.randn(backbone.dim,
+                        generator=torch.Generator().manual_seed(sum(map(ord, name))))
+            for name in names]), dim=-1)
     monkeypatch.setattr(evaluate_ovs, "embed_texts", embed)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_reader_and_miou(name, root, micro, tmp_path, quick_texts):
-    run("--backbone", micro, "--dataset", name, "--data-root", root, "--short-side", 64, "--json", tmp_path / "out.json", "--save-maps", tmp_path / "maps", "--state", tmp_path)
+    run("--backbone", micro, "--dataset", name, "--data-root", root, "--short-side", 64,
+        "--json", tmp_path / "out.json", "--save-maps", tmp_path / "maps", "--state", tmp_path)
     report = json.loads((tmp_path / "out.json").read_text())
     row, classes = report["results"][0], benchmark_classes(name)
-    folder = {"voc": "VOCdevkit/VOC2012/SegmentationClass", "con": "VOCdevkit/VOC2010/SegmentationClassContext", "ade": "ADEChallengeData2016/annotations/validation",
+    folder = {"voc": "VOCdevkit/VOC2012/SegmentationClass",
+              "con": "VOCdevkit/VOC2010/SegmentationClassContext",
+              "ade": "ADEChallengeData2016/annotations/validation",
               "cit": "cityscapes/gtFine/val"}[name[:3]]
     mapping, hits, either = known_mapping(name), np.zeros(len(classes)), np.zeros(len(classes))
     masks = sorted((root / folder).rglob("*.png"))
     predictions = sorted((tmp_path / "maps").rglob("*.labels.png"))
     assert len(masks) == len(predictions) == 3
     for mask, prediction in zip(masks, predictions):
-        for label, predicted in zip(np.array(Image.open(mask)).ravel().tolist(), np.array(Image.open(prediction)).ravel().tolist()):
+        for label, predicted in zip(np.array(Image.open(mask)).ravel().tolist(),
+                                    np.array(Image.open(prediction)).ravel().tolist()):
             if label in mapping:
                 wanted = mapping[label]
                 hits[wanted] += wanted == predicted
@@ -101,20 +119,28 @@ def test_reader_and_miou(name, root, micro, tmp_path, quick_texts):
                 either[predicted] += wanted != predicted
     iou = 100 * hits[either > 0] / either[either > 0]
     rule = benchmark_rule(name, micro)
-    assert (row["logit_scale"], row["prob_threshold"], row["area_threshold"]) == (rule.logit_scale, rule.threshold, rule.area_threshold)
-    assert row["miou"] == pytest.approx(iou.mean()) and row["images"] == 3 and row["dataset"] == report["dataset"] == name
-    assert list(row["per_class_iou"]) == classes.titles and classes.titles[0] == {"voc21": "background", "context60": "background", "ade20k": "wall", "cityscapes": "road"}.get(name, "aeroplane")
-    assert {"torch", "open_clip", "timm", "weights", "names_sha256", "resize", "templates", "short_side", "precision"} <= report["settings"].keys()
+    assert ((row["logit_scale"], row["prob_threshold"], row["area_threshold"])
+            == (rule.logit_scale, rule.threshold, rule.area_threshold))
+    assert (row["miou"] == pytest.approx(iou.mean()) and row["images"] == 3
+            and row["dataset"] == report["dataset"] == name)
+    assert (list(row["per_class_iou"]) == classes.titles
+            and classes.titles[0] == {
+                "voc21": "background", "context60": "background", "ade20k": "wall",
+                "cityscapes": "road"}.get(name, "aeroplane"))
+    assert {"torch", "open_clip", "timm", "weights", "names_sha256", "resize", "templates",
+            "short_side", "precision"} <= report["settings"].keys()
     assert not list(tmp_path.glob("*.jsonl"))  # nothing is left of a finished run
 
 
 def test_all_six_in_one_table(root, micro, tmp_path, capsys, quick_texts):
-    run("--backbone", micro, "--dataset", "all", "--data-root", root, "--short-side", 64, "--json", tmp_path / "all.json", "--plot", tmp_path / "all.png", "--state", tmp_path)
+    run("--backbone", micro, "--dataset", "all", "--data-root", root, "--short-side", 64,
+        "--json", tmp_path / "all.json", "--plot", tmp_path / "all.png", "--state", tmp_path)
     rows = json.loads((tmp_path / "all.json").read_text())["results"]
     assert [row["dataset"] for row in rows] == list(BENCHMARKS)
     table = capsys.readouterr().out.splitlines()
     last = next(line for line in reversed(table) if line.startswith("single-pass"))
-    assert float(last.split()[-1]) == pytest.approx(np.mean([row["miou"] for row in rows]), abs=0.06)
+    assert (float(last.split()[-1])
+            == pytest.approx(np.mean([row["miou"] for row in rows]), abs=0.06))
 
 
 def test_cityscapes_prefers_train_ids(root, micro, tmp_path, quick_texts):
@@ -127,15 +153,19 @@ def test_cityscapes_prefers_train_ids(root, micro, tmp_path, quick_texts):
             train[ids == value] = k
         Image.fromarray(train).save(str(path).replace("_labelIds", "_labelTrainIds"))
     for data_root, out in ((root, "raw.json"), (tmp_path, "train.json")):
-        run("--backbone", micro, "--dataset", "cityscapes", "--data-root", data_root, "--short-side", 64, "--json", tmp_path / out, "--state", tmp_path)
-    raw, train = (json.loads((tmp_path / out).read_text())["results"][0] for out in ("raw.json", "train.json"))
-    assert raw["per_class_iou"] == train["per_class_iou"] and raw["pixel_accuracy"] == train["pixel_accuracy"]
+        run("--backbone", micro, "--dataset", "cityscapes", "--data-root", data_root,
+            "--short-side", 64, "--json", tmp_path / out, "--state", tmp_path)
+    raw, train = (json.loads((tmp_path / out).read_text())["results"][0]
+                  for out in ("raw.json", "train.json"))
+    assert (raw["per_class_iou"] == train["per_class_iou"]
+            and raw["pixel_accuracy"] == train["pixel_accuracy"])
 
 
-# ---- the protocol, literally --------------------------------------------------------------------------------------------------
+# ---- the protocol, literally ---------------------------------------------------------------------
 
 def literal(similarities, classes, rule):
-    """protocol.md step by step in float64: softmax over all names, best synonym, area threshold, argmax, probability threshold."""
+    """protocol.md step by step in float64: softmax over all names, best synonym, area threshold,
+    argmax, probability threshold."""
     logits = rule.logit_scale * similarities.double()  # (N, H, W)
     probabilities = torch.exp(logits - logits.amax(0)) / torch.exp(logits - logits.amax(0)).sum(0)
     per_class, first = [], 0
@@ -161,32 +191,38 @@ SETTINGS = [(name, backbone) for name in BENCHMARKS for backbone in ("tiny", "op
 def test_thresholds_equal_the_literal_protocol(name, backbone):
     classes, rule = benchmark_classes(name), benchmark_rule(name, backbone)
     generator = torch.Generator().manual_seed(3)
-    low = torch.rand(5, 7, len(classes.flat), generator=generator) * 0.07  # similarities as a real backbone's: probabilities near the threshold
+    # similarities as a real backbone's: probabilities near the threshold
+    low = torch.rand(5, 7, len(classes.flat), generator=generator) * 0.07
     low += 0.03 * torch.rand(len(classes.flat), generator=generator)
     strip = bilinear_strips(low, (43, 61))
     labels = label_map(strip, (43, 61), classes, rule, values=61 * len(classes.flat) * 4)
     expected = literal(strip(0, 43), classes, rule)
     assert torch.equal(labels, expected)
-    if not (rule.threshold or rule.area_threshold):  # softmax is not computed then, and scales change nothing
+    if not (rule.threshold or rule.area_threshold):
+        # softmax is not computed then, and scales change nothing
         assert torch.equal(labels, label_map(strip, (43, 61), classes, Rule(7.0)))
     else:
         assert not torch.equal(labels, label_map(strip, (43, 61), classes)) and (labels == 0).any()
 
 
 def test_rules_go_by_the_backbone_however_it_is_spelt():
-    assert benchmark_rule("voc21", "ViT-B-16/laion2b_s34b_b88k") == benchmark_rule("voc21", "openclip") == Rule(65, 0.1, 0.1)
-    assert benchmark_rule("voc21", "a/folder/that/is/gone") == benchmark_rule("voc21", "tiny") == Rule(65)
+    assert (benchmark_rule("voc21", "ViT-B-16/laion2b_s34b_b88k")
+            == benchmark_rule("voc21", "openclip") == Rule(65, 0.1, 0.1))
+    assert (benchmark_rule("voc21", "a/folder/that/is/gone")
+            == benchmark_rule("voc21", "tiny") == Rule(65))
     assert benchmark_rule("context60", "openclip") == Rule(50, 0.1)
 
 
 def test_class_files_are_the_benchmarks():
     names = {name: benchmark_classes(name) for name in BENCHMARKS}
     assert {name: (len(classes), len(classes.flat)) for name, classes in names.items()} == {
-        "voc21": (21, 56), "voc20": (20, 30), "cityscapes": (19, 19), "ade20k": (150, 150), "context60": (60, 60), "context59": (59, 59)}
-    assert names["voc21"].names[1:] == names["voc20"].names and names["context60"].names[1:] == names["context59"].names
+        "voc21": (21, 56), "voc20": (20, 30), "cityscapes": (19, 19), "ade20k": (150, 150),
+        "context60": (60, 60), "context59": (59, 59)}
+    assert (names["voc21"].names[1:] == names["voc20"].names
+            and names["context60"].names[1:] == names["context59"].names)
 
 
-# ---- checks before a long run -----------------------------------------------------------------------------------------------
+# ---- checks before a long run --------------------------------------------------------------------
 
 @pytest.fixture
 def own(tmp_path):
@@ -194,18 +230,24 @@ def own(tmp_path):
     rng = np.random.default_rng(5)
     for k in range(4):
         save(rng.integers(0, 256, (70 + k, 90, 3), np.uint8), tmp_path / "images" / f"{k}.png")
-        save(rng.choice(np.array([0, 1, 2, 255], np.uint8), (70 + k, 90)), tmp_path / "masks" / f"{k}.png")
-    return ["--images", tmp_path / "images", "--masks", tmp_path / "masks", "--classes", "cat, grass | lawn, sky", "--state", tmp_path / "state"]
+        save(rng.choice(np.array([0, 1, 2, 255], np.uint8), (70 + k, 90)),
+             tmp_path / "masks" / f"{k}.png")
+    return ["--images", tmp_path / "images", "--masks", tmp_path / "masks",
+            "--classes", "cat, grass | lawn, sky", "--state", tmp_path / "state"]
 
 
 def test_check_data_reports_a_good_data_set(own, root, capsys):
     run(*own, "--check-data")
     output = capsys.readouterr().out
-    assert "4 pictures" in output and "no problem found" in output and re.search(r"255 +4 +\d+\.\d+%  ignored", output) and re.search(r"1 +4 .*grass", output)
+    assert ("4 pictures" in output and "no problem found" in output
+            and re.search(r"255 +4 +\d+\.\d+%  ignored", output)
+            and re.search(r"1 +4 .*grass", output))
     with pytest.raises(RunFailed, match="problems"):
         run("--dataset", "cityscapes", "--data-root", root, "--check-data")
     output = capsys.readouterr().out
-    assert "3 of the known 500 pictures" in output and "3 pictures, but cityscapes is known to have 500" in output and re.search(r" 7 +\d .*road", output)
+    assert ("3 of the known 500 pictures" in output
+            and "3 pictures, but cityscapes is known to have 500" in output
+            and re.search(r" 7 +\d .*road", output))
 
 
 def test_check_data_lists_every_problem(own, capsys):
@@ -217,19 +259,30 @@ def test_check_data_lists_every_problem(own, capsys):
     with pytest.raises(RunFailed):
         run(*own, "--check-data")
     output = capsys.readouterr().out
-    for problem in ("0.png is 10 x 10 pixels .* 70 x 90", "1.png holds labels 9; with 3 classes they go from 0 to 2", "2.png has no mask: .*2.png does not exist", "3.png cannot be read", "4 problems", "OUT OF RANGE"):
+    for problem in ("0.png is 10 x 10 pixels .* 70 x 90",
+                    "1.png holds labels 9; with 3 classes they go from 0 to 2",
+                    "2.png has no mask: .*2.png does not exist",
+                    "3.png cannot be read", "4 problems", "OUT OF RANGE"):
         assert re.search(problem, output), problem
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda masks: save(np.zeros((10, 10), np.uint8), masks / "3.png"), "3.png is 10 x 10 .* 73 x 90"),
-    (lambda masks: save(np.full((73, 90), 7, np.uint8), masks / "3.png"), "3.png holds labels 7; with 3 classes they go from 0 to 2"),
-    (lambda masks: save(np.full((73, 90), 300, np.uint16), masks / "3.png"), "3.png holds labels 300"),
-    (lambda masks: save(np.zeros((73, 90, 3), np.uint8), masks / "3.png"), "3.png has 3 channels"),
-    (lambda masks: Image.fromarray(np.full((73, 90), -4, np.int32)).save(masks / "3.png", "TIFF"), "3.png holds labels -4"),
-    (lambda masks: Image.fromarray(np.zeros((73, 90), np.float32)).save(masks / "3.png", "TIFF"), "3.png holds float32 values"),
+    (lambda masks: save(np.zeros((10, 10), np.uint8), masks / "3.png"),
+     "3.png is 10 x 10 .* 73 x 90"),
+    (lambda masks: save(np.full((73, 90), 7, np.uint8), masks / "3.png"),
+     "3.png holds labels 7; with 3 classes they go from 0 to 2"),
+    (lambda masks: save(np.full((73, 90), 300, np.uint16), masks / "3.png"),
+     "3.png holds labels 300"),
+    (lambda masks: save(np.zeros((73, 90, 3), np.uint8), masks / "3.png"),
+     "3.png has 3 channels"),
+    (lambda masks: Image.fromarray(np.full((73, 90), -4, np.int32)).save(masks / "3.png", "TIFF"),
+     "3.png holds labels -4"),
+    (lambda masks: Image.fromarray(np.zeros((73, 90), np.float32)).save(masks / "3.png", "TIFF"),
+     "3.png holds float32 values"),
     (lambda masks: (masks / "3.png").write_text("no mask"), "3.png cannot be read as a mask"),
-    (lambda masks: (masks / "3.png").unlink(), "images/3.png has no mask: .*masks/3.png does not exist")])
+    (lambda masks: (masks / "3.png").unlink(),
+     "images/3.png has no mask: .*masks/3.png does not exist"),
+])
 def test_bad_masks_stop_before_the_first_picture(own, micro, spoil, message, monkeypatch):
     spoil(own[3])
     monkeypatch.setattr(evaluate_ovs, "evaluate", lambda *_: pytest.fail("the run had begun"))
@@ -238,20 +291,35 @@ def test_bad_masks_stop_before_the_first_picture(own, micro, spoil, message, mon
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prob-threshold", 0.2], "no(ne|t).*--background|background class.*has none"), (["--area-threshold", 0.2], "has none"), (["--prob-threshold", 2, "--background", "wall"], "from 0"),
-    (["--background", "wall,,floor"], "--background: an empty name"), (["--background", "wall, cat"], "'cat'"), (["--short-side", 0], "--short-side 0"),
-    (["--json", "out.txt"], "--json out.txt"), (["--plot", "out.txt"], "--plot out.txt"), (["--lposs-alpha", 1], "--lposs-alpha"), (["--limit", 0], "--limit 0"),
-    (["--upsampler", "anyup", "--refine", "lposs+"], "lposs\\+ ends"), (["--upsampler", "anyup", "--inference", "sliding-window"], "sliding windows are joined"),
-    (["--dataset", "voc21"], "exclude each other")])
+    (["--prob-threshold", 0.2], "no(ne|t).*--background|background class.*has none"),
+    (["--area-threshold", 0.2], "has none"),
+    (["--prob-threshold", 2, "--background", "wall"], "from 0"),
+    (["--background", "wall,,floor"], "--background: an empty name"),
+    (["--background", "wall, cat"], "'cat'"),
+    (["--short-side", 0], "--short-side 0"),
+    (["--json", "out.txt"], "--json out.txt"),
+    (["--plot", "out.txt"], "--plot out.txt"),
+    (["--lposs-alpha", 1], "--lposs-alpha"),
+    (["--limit", 0], "--limit 0"),
+    (["--upsampler", "anyup", "--refine", "lposs+"], "lposs\\+ ends"),
+    (["--upsampler", "anyup", "--inference", "sliding-window"], "sliding windows are joined"),
+    (["--dataset", "voc21"], "exclude each other"),
+])
 def test_wrong_calls(own, micro, flags, message):
     with pytest.raises(WrongCall, match=message):
         run(*own, "--backbone", micro, *flags)
 
 
 @pytest.mark.parametrize("flags, error, message", [
-    (["--dataset", "voc21", "--classes", "cat, dog"], WrongCall, "lists 2 classes, but --dataset voc21 has 21"), (["--dataset", "all", "--classes", "cat"], WrongCall, "not of all"),
-    (["--dataset", "voc21", "--background", "wall"], WrongCall, "--background goes with --images"), (["--dataset", "voc20", "--prob-threshold", 0.1], WrongCall, "voc20 has none"),
-    (["--dataset", "ade20k", "--data-root", "/nowhere"], RunFailed, "/nowhere/ADEChallengeData2016 does not exist; --data-root"), (["--classes", "cat"], WrongCall, "the demo has 23")])
+    (["--dataset", "voc21", "--classes", "cat, dog"], WrongCall,
+     "lists 2 classes, but --dataset voc21 has 21"),
+    (["--dataset", "all", "--classes", "cat"], WrongCall, "not of all"),
+    (["--dataset", "voc21", "--background", "wall"], WrongCall, "--background goes with --images"),
+    (["--dataset", "voc20", "--prob-threshold", 0.1], WrongCall, "voc20 has none"),
+    (["--dataset", "ade20k", "--data-root", "/nowhere"], RunFailed,
+     "/nowhere/ADEChallengeData2016 does not exist; --data-root"),
+    (["--classes", "cat"], WrongCall, "the demo has 23"),
+])
 def test_wrong_calls_on_benchmarks(root, micro, flags, error, message):
     with pytest.raises(error, match=message):
         run("--backbone", micro, "--data-root", root, *flags)
@@ -260,7 +328,8 @@ def test_wrong_calls_on_benchmarks(root, micro, flags, error, message):
 def test_a_mask_of_one_bit(tmp_path):
     wanted = np.random.default_rng(0).integers(0, 2, (20, 30)).astype(bool)
     Image.fromarray(wanted).save(tmp_path / "mask.png")
-    assert (to_classes(read_label_ids(tmp_path / "mask.png"), label_table("plain", 2), "").numpy() == wanted).all()
+    assert (to_classes(read_label_ids(tmp_path / "mask.png"), label_table("plain", 2), "").numpy()
+            == wanted).all()
 
 
 def test_too_many_classes():
@@ -268,11 +337,13 @@ def test_too_many_classes():
         read_classes(", ".join(f"name {k}" for k in range(300)))
 
 
-# ---- long runs ----------------------------------------------------------------------------------------------------------------
+# ---- long runs -----------------------------------------------------------------------------------
 
 def command(*flags, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "evaluate_ovs.py"), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "evaluate_ovs.py"), *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(process, code=0):
@@ -283,7 +354,8 @@ def finish(process, code=0):
 
 def result(path):
     rows = json.loads(Path(path).read_text())["results"]
-    return [{key: value for key, value in row.items() if key != "seconds_per_image"} for row in rows]
+    return [{key: value for key, value in row.items() if key != "seconds_per_image"}
+            for row in rows]
 
 
 def test_unreadable_pictures_are_left_out_and_counted(own, micro, tmp_path, capsys):
@@ -301,13 +373,18 @@ def test_two_processes_count_the_same_pixels(own, micro, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finish(command(*flags, "--json", tmp_path / "one.json"))
     output = finish(command(*flags, "--json", tmp_path / "two.json", launcher=launcher))
-    assert result(tmp_path / "one.json") == result(tmp_path / "two.json") and output.count("mIoU") >= 1
-    finish(command(*flags, "--json", tmp_path / "maps.json", "--save-maps", tmp_path / "maps", launcher=launcher))
-    assert result(tmp_path / "one.json") == result(tmp_path / "maps.json") and len(list((tmp_path / "maps").rglob("*.labels.png"))) == 8
+    assert (result(tmp_path / "one.json") == result(tmp_path / "two.json")
+            and output.count("mIoU") >= 1)
+    finish(command(*flags, "--json", tmp_path / "maps.json", "--save-maps", tmp_path / "maps",
+                   launcher=launcher))
+    assert (result(tmp_path / "one.json") == result(tmp_path / "maps.json")
+            and len(list((tmp_path / "maps").rglob("*.labels.png"))) == 8)
 
 
 def test_counts_that_are_lost_are_not_passed_over(own, micro, monkeypatch):
-    monkeypatch.setattr(evaluate_ovs.Tally, "add", lambda self, image, *rest: None if image == "2.png" else add(self, image, *rest))
+    monkeypatch.setattr(
+        evaluate_ovs.Tally, "add",
+        lambda self, image, *rest: None if image == "2.png" else add(self, image, *rest))
     with pytest.raises(RunFailed, match="counts of 1 pictures are missing"):
         run(*own, "--backbone", micro)
 
@@ -333,16 +410,27 @@ def test_maps_that_an_interruption_left_out_are_made(own, micro, tmp_path, monke
 
 
 def test_the_protocol_is_the_published_one():
-    """Short sides, thresholds and counts as protocol tables state them; the rule of a student is its teacher's."""
-    table = {"voc21": (672, 1449, (65, 0, 0), (65, 0.1, 0.1)), "voc20": (672, 1449, (40, 0, 0), (40, 0, 0)), "cityscapes": (None, 500, (40, 0, 0), (40, 0, 0)),
-             "ade20k": (672, 2000, (40, 0, 0), (40, 0, 0)), "context60": (672, 5104, (50, 0.1, 0), (50, 0.1, 0)), "context59": (672, 5104, (40, 0, 0), (40, 0, 0))}
+    """Short sides, thresholds and counts as protocol tables state them; the rule of a student is
+    its teacher's."""
+    table = {"voc21": (672, 1449, (65, 0, 0), (65, 0.1, 0.1)),
+             "voc20": (672, 1449, (40, 0, 0), (40, 0, 0)),
+             "cityscapes": (None, 500, (40, 0, 0), (40, 0, 0)),
+             "ade20k": (672, 2000, (40, 0, 0), (40, 0, 0)),
+             "context60": (672, 5104, (50, 0.1, 0), (50, 0.1, 0)),
+             "context59": (672, 5104, (40, 0, 0), (40, 0, 0))}
     args = evaluate_ovs.parse_args([])
     for name, (short_side, count, rule, openclip) in table.items():
         assert (BENCHMARKS[name].short_side, BENCHMARKS[name].layout.count) == (short_side, count)
-        dataset = evaluate_ovs.Dataset(name, None, [], [], [], benchmark_classes(name), [short_side])
-        for origin, refine, expected in (("siglip2", "none", rule), ("openclip", "none", openclip), ("ViT-B-16/laion2b_s34b_b88k", "none", openclip)):
-            assert evaluate_ovs.rule_of(evaluate_ovs.Method("spar", "", None, origin, refine=refine), dataset, args) == Rule(*expected)
-        assert evaluate_ovs.rule_of(evaluate_ovs.Method("spar", "", None, "openclip", refine="lposs"), dataset, args) == Rule()
+        dataset = evaluate_ovs.Dataset(name, None, [], [], [], benchmark_classes(name),
+                                       [short_side])
+        for origin, refine, expected in (("siglip2", "none", rule), ("openclip", "none", openclip),
+                                         ("ViT-B-16/laion2b_s34b_b88k", "none", openclip)):
+            assert evaluate_ovs.rule_of(
+                evaluate_ovs.Method("spar", "", None, origin, refine=refine),
+                dataset, args) == Rule(*expected)
+        assert evaluate_ovs.rule_of(
+            evaluate_ovs.Method("spar", "", None, "openclip", refine="lposs"),
+            dataset, args) == Rule()
 
 
 def test_an_interrupted_run_continues_to_the_same_counts(own, micro, tmp_path, monkeypatch, capsys):
@@ -366,7 +454,8 @@ def test_an_interrupted_run_continues_to_the_same_counts(own, micro, tmp_path, m
         file.write('{"image": "2.png", "cel')  # as a killed process leaves it
     capsys.readouterr()
     run(*flags, "--json", tmp_path / "resumed.json")
-    assert "continuing an unfinished run: 2 of 4" in capsys.readouterr().out and not list((tmp_path / "state").iterdir())
+    assert ("continuing an unfinished run: 2 of 4" in capsys.readouterr().out
+            and not list((tmp_path / "state").iterdir()))
     assert result(tmp_path / "whole.json") == result(tmp_path / "resumed.json")
 
 
@@ -376,31 +465,40 @@ def test_other_settings_do_not_continue(own, micro, tmp_path):
         (dataset,), runtime = evaluate_ovs.open_datasets(args), evaluate_ovs.start_runtime("cpu")
         (method,) = evaluate_ovs.open_methods(args, runtime)
         rule = evaluate_ovs.rule_of(method, dataset, args)
-        return evaluate_ovs.tally_path(args, evaluate_ovs.protocol_settings(args, runtime, [method], None), dataset, torch.zeros(2), dataset.short_sides[0], method, rule)
+        return evaluate_ovs.tally_path(
+            args, evaluate_ovs.protocol_settings(args, runtime, [method], None), dataset,
+            torch.zeros(2), dataset.short_sides[0], method, rule)
 
-    paths = [path(), path("--short-side", 64), path("--limit", 3), path("--refine", "lposs"), path("--background", "wall", "--prob-threshold", 0.1), path("--background", "wall")]
+    paths = [path(), path("--short-side", 64), path("--limit", 3), path("--refine", "lposs"),
+             path("--background", "wall", "--prob-threshold", 0.1), path("--background", "wall")]
     assert len(set(paths)) == len(paths) and path() == paths[0]
     save(np.zeros((73, 90), np.uint8), own[3] / "3.png")
     assert path() != paths[0]
 
 
-# ---- sweep, plots, own pictures -------------------------------------------------------------------------------------------------
+# ---- sweep, plots, own pictures ------------------------------------------------------------------
 
 def test_sweep_table_and_plots(own, micro, tmp_path, capsys):
-    flags = [*own, "--backbone", micro, "--inference", "sliding-window", "--strides", 32, 24, "--short-side", 64, 96, 128]
+    flags = [*own, "--backbone", micro, "--inference", "sliding-window", "--strides", 32, 24,
+             "--short-side", 64, 96, 128]
     run(*flags, "--json", tmp_path / "sweep.json", "--plot", tmp_path / "sweep.png")
     rows = result(tmp_path / "sweep.json")
-    assert [(row["method"], row["short_side"]) for row in rows] == [(f"sliding-window/{stride}", side) for side in (64, 96, 128) for stride in (32, 24)]
+    assert ([(row["method"], row["short_side"]) for row in rows]
+            == [(f"sliding-window/{stride}", side)
+                for side in (64, 96, 128) for stride in (32, 24)])
     table = capsys.readouterr().out
-    line = next(line for line in table.splitlines() if line.startswith("sliding-window/24") and len(line.split()) == 4)
-    assert line.split()[1:] == [f"{row['miou']:.1f}" for row in rows if row["method"] == "sliding-window/24"]
+    line = next(line for line in table.splitlines()
+                if line.startswith("sliding-window/24") and len(line.split()) == 4)
+    assert line.split()[1:] == [f"{row['miou']:.1f}" for row in rows
+                                if row["method"] == "sliding-window/24"]
     run("--results", tmp_path / "sweep.json", "--plot", tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sweep.png").read_bytes()
     run("--results", tmp_path / "sweep.json", "--plot", tmp_path / "again.svg")
     assert line in capsys.readouterr().out
     (tmp_path / "second.json").write_text((tmp_path / "sweep.json").read_text())
     run("--results", tmp_path / "sweep.json", tmp_path / "second.json")
-    assert "second: sweep" not in (output := capsys.readouterr().out) and "second: sliding-window/24" in output and "sweep: sliding-window/24" in output
+    assert ("second: sweep" not in (output := capsys.readouterr().out)
+            and "second: sliding-window/24" in output and "sweep: sliding-window/24" in output)
     with pytest.raises(RunFailed, match="missing.json does not exist"):
         run("--results", tmp_path / "missing.json")
     (tmp_path / "other.json").write_text("{}")
@@ -410,14 +508,19 @@ def test_sweep_table_and_plots(own, micro, tmp_path, capsys):
 
 def test_own_words_with_a_background(own, micro, tmp_path):
     import csv
-    flags = ["--images", own[1], "--classes", "cat, grass | lawn", "--background", "wall, floor", "--prob-threshold", "0.999", "--backbone", micro, "--save-maps", tmp_path / "maps"]
+    flags = ["--images", own[1], "--classes", "cat, grass | lawn", "--background", "wall, floor",
+             "--prob-threshold", "0.999", "--backbone", micro, "--save-maps", tmp_path / "maps"]
     run(*flags, "--logit-scale", 1)  # every probability is under the threshold
-    assert all((np.asarray(Image.open(path)) == 0).all() for path in (tmp_path / "maps").glob("*.labels.png"))
+    assert all((np.asarray(Image.open(path)) == 0).all()
+               for path in (tmp_path / "maps").glob("*.labels.png"))
     run(*flags, "--logit-scale", 1e6)  # none is
-    assert any((np.asarray(Image.open(path)) > 0).any() for path in (tmp_path / "maps").glob("*.labels.png"))
+    assert any((np.asarray(Image.open(path)) > 0).any()
+               for path in (tmp_path / "maps").glob("*.labels.png"))
     with open(tmp_path / "maps" / "shares.csv") as file:
         header, *lines = csv.reader(file)
-    assert header == ["image", "method", "background %", "cat %", "grass %"] and [line[0] for line in lines] == [f"{k}.png" for k in range(4)]
+    assert (header == ["image", "method", "background %", "cat %", "grass %"]
+            and [line[0] for line in lines] == [f"{k}.png" for k in range(4)])
     for line in lines:
         labels = np.asarray(Image.open(tmp_path / "maps" / f"{line[0]}.labels.png"))
-        assert [float(value) for value in line[2:]] == pytest.approx([100 * (labels == k).mean() for k in range(3)], abs=0.006)
+        assert ([float(value) for value in line[2:]]
+                == pytest.approx([100 * (labels == k).mean() for k in range(3)], abs=0.006))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common import PRESETS, RunFailed, apply_augmentation, list_images, plan_augmentation, planned_size, read_image, resize_image, resize_short_side
+from common import (PRESETS, RunFailed, apply_augmentation, list_images, plan_augmentation,
+                    planned_size, read_image, resize_image, resize_short_side)
 
 
 @pytest.fixture
@@ -21,11 +22,13 @@ def test_modes_are_read_right(rgb, tmp_path):
     assert (read_image(tmp_path / "16bit.png").numpy() == rgb[..., 0]).all()
 
     picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
-    assert np.abs(read_image(tmp_path / "cmyk.jpg").permute(1, 2, 0).numpy().astype(int) - rgb).mean() < 4
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").permute(1, 2, 0).numpy().astype(int)
+                  - rgb).mean() < 4
 
     palette = picture.quantize(16)
     palette.save(tmp_path / "palette.png")
-    assert (read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy() == np.asarray(palette.convert("RGB"))).all()
+    assert (read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy()
+            == np.asarray(palette.convert("RGB"))).all()
 
     alpha = np.full((20, 30, 1), 255, np.uint8)
     alpha[:, :10] = 0
@@ -76,8 +79,10 @@ def test_resize_is_bilinear_between_pixel_centres():
 
     expected = np.einsum("ah,chw,bw->cab", axis(17, 40), image.numpy().astype(float), axis(23, 11))
     assert np.abs(resize_image(image, size).numpy() - expected).max() <= 0.5 + 1e-3
-    assert resize_short_side(torch.zeros(3, 500, 333, dtype=torch.uint8), 672).shape == (3, 1009, 672)
-    assert resize_short_side(torch.zeros(3, 100, 1000, dtype=torch.uint8), 672).shape == (3, 205, 2048)
+    assert (resize_short_side(torch.zeros(3, 500, 333, dtype=torch.uint8), 672).shape
+            == (3, 1009, 672))
+    assert (resize_short_side(torch.zeros(3, 100, 1000, dtype=torch.uint8), 672).shape
+            == (3, 205, 2048))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -105,6 +110,9 @@ def test_augmentation_keeps_its_promises(preset):
 def test_augmentation_applies_the_plan():
     image = torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8)
     plan = {"resize": [64, 48], "crop": [10, 5, 32, 16], "flip": True}
-    assert torch.equal(apply_augmentation(image, plan), resize_image(image, (64, 48))[:, 10:42, 5:21].flip(-1))
-    assert plan_augmentation((96, 64), None, 16, "0/a") == {"resize": [96, 64], "crop": None, "flip": False}
-    assert torch.equal(apply_augmentation(image, plan_augmentation((90, 70), None, 16, "")), resize_image(image, (96, 64)))
+    assert torch.equal(apply_augmentation(image, plan),
+                       resize_image(image, (64, 48))[:, 10:42, 5:21].flip(-1))
+    assert (plan_augmentation((96, 64), None, 16, "0/a")
+            == {"resize": [96, 64], "crop": None, "flip": False})
+    assert torch.equal(apply_augmentation(image, plan_augmentation((90, 70), None, 16, "")),
+                       resize_image(image, (96, 64)))

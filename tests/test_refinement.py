@@ -1,4 +1,5 @@
-"""LPOSS against dense and sparse solutions of its definition in float64, AnyUp in tiles against its own published code."""
+"""LPOSS against dense and sparse solutions of its definition in float64, AnyUp in tiles against its
+own published code."""
 import itertools
 import os
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate_ovs
-from common import Classes, RunFailed, WrongCall, bilinear_strips, dense_features, fit_to_patches, label_map, single_pass_similarities, to_rgb
-from evaluate_ovs import AnyUp, Method, PixelGraph, best_synonyms, conjugate_gradients, patch_graph, propagate_patches, propagate_pixels, rgb_to_lab
+from common import (Classes, RunFailed, WrongCall, bilinear_strips, dense_features, fit_to_patches,
+                    label_map, single_pass_similarities, to_rgb)
+from evaluate_ovs import (AnyUp, Method, PixelGraph, best_synonyms, conjugate_gradients,
+                          patch_graph, propagate_patches, propagate_pixels, rgb_to_lab)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +25,7 @@ def flags(*extra):
     return evaluate_ovs.parse_args([str(flag) for flag in extra])
 
 
-# ---- LPOSS ---------------------------------------------------------------------------------------------------------------
+# ---- LPOSS ---------------------------------------------------------------------------------------
 
 def adjacency(features, centres, k, gamma, sigma, power):
     """The definition, edge by edge."""
@@ -32,7 +35,8 @@ def adjacency(features, centres, k, gamma, sigma, power):
     for i in range(count):
         for j in sorted(range(count), key=lambda j: -cosine[i, j])[:k]:
             if i != j:
-                a[i, j] = max(0.0, cosine[i, j]) ** gamma * np.exp(-sigma * np.linalg.norm(centres[i] - centres[j]) ** power)
+                a[i, j] = (max(0.0, cosine[i, j]) ** gamma
+                           * np.exp(-sigma * np.linalg.norm(centres[i] - centres[j]) ** power))
     w = a + a.T
     degrees = w.sum(1)
     degrees[degrees == 0] = 1
@@ -43,11 +47,17 @@ def random_patches(height, width, dim=12, seed=0):
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((height * width, dim)) + 1.5 * rng.standard_normal((1, dim))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    centres = np.array([(16 * y + 8, 16 * x + 8) for y in range(height) for x in range(width)], float)
+    centres = np.array([(16 * y + 8, 16 * x + 8) for y in range(height) for x in range(width)],
+                       float)
     return features, centres, rng.uniform(-0.1, 0.4, (height * width, 5))
 
 
-@pytest.mark.parametrize("shape, k, gamma, sigma, power", [((9, 13), 30, 3.0, 0.01, 1.0), ((7, 5), 400, 3.0, 0.01, 1.0), ((12, 8), 10, 1.5, 0.002, 2.0), ((1, 3), 2, 3.0, 0.01, 1.0)])
+@pytest.mark.parametrize("shape, k, gamma, sigma, power", [
+    ((9, 13), 30, 3.0, 0.01, 1.0),
+    ((7, 5), 400, 3.0, 0.01, 1.0),
+    ((12, 8), 10, 1.5, 0.002, 2.0),
+    ((1, 3), 2, 3.0, 0.01, 1.0),
+])
 def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
     features, centres, similarities = random_patches(*shape)
     similarities[:, 2] = 0  # a column of zeros stays one
@@ -56,24 +66,31 @@ def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
     graph = patch_graph(*inputs, k, gamma, sigma, power, values=100)  # in many parts
     assert np.abs(graph.to_dense().numpy() - s).max() < 1e-6
     expected = 0.05 * np.linalg.solve(np.eye(len(s)) - 0.95 * s, similarities)
-    parameters = ["--lposs-k", k, "--lposs-gamma", gamma, "--lposs-sigma", sigma, "--lposs-power", power]
-    converged = propagate_patches(*inputs, torch.from_numpy(similarities).float(), flags(*parameters, "--lposs-steps", 300)).numpy()
+    parameters = ["--lposs-k", k, "--lposs-gamma", gamma, "--lposs-sigma", sigma,
+                  "--lposs-power", power]
+    converged = propagate_patches(*inputs, torch.from_numpy(similarities).float(),
+                                  flags(*parameters, "--lposs-steps", 300)).numpy()
     assert np.abs(converged - expected).max() < 2e-6 * max(1, np.abs(expected).max())
-    ten = propagate_patches(*inputs, torch.from_numpy(similarities).float(), flags(*parameters)).numpy()
-    assert np.linalg.norm(ten - expected) < 2e-2 * np.linalg.norm(expected) and (ten[:, 2] == 0).all()
+    ten = propagate_patches(*inputs, torch.from_numpy(similarities).float(),
+                            flags(*parameters)).numpy()
+    assert (np.linalg.norm(ten - expected) < 2e-2 * np.linalg.norm(expected)
+            and (ten[:, 2] == 0).all())
 
 
 def test_a_patch_without_similar_neighbours_keeps_its_similarities():
     features, centres = torch.eye(4), torch.zeros(4, 2)
     similarities = torch.rand(4, 3)
-    assert torch.allclose(propagate_patches(features, centres, similarities, flags()), 0.05 * similarities)
+    assert torch.allclose(propagate_patches(features, centres, similarities, flags()),
+                          0.05 * similarities)
 
 
 def test_each_column_has_its_own_step_sizes():
     """Ten steps on several columns are ten steps on each alone, written out."""
     generator = torch.Generator().manual_seed(1)
     root = torch.randn(30, 30, dtype=torch.float64, generator=generator)
-    matrix, targets = root @ root.T / 30 + torch.eye(30), torch.randn(4, 30, dtype=torch.float64, generator=generator) * torch.tensor([1e-3, 1.0, 50.0, 0.0])[:, None]
+    matrix, targets = (root @ root.T / 30 + torch.eye(30),
+                       torch.randn(4, 30, dtype=torch.float64, generator=generator)
+                       * torch.tensor([1e-3, 1.0, 50.0, 0.0])[:, None])
     together = conjugate_gradients(lambda rows: rows @ matrix, targets, 10)
     for target, solution in zip(targets[:3], together):
         x, r = torch.zeros(30, dtype=torch.float64), target.clone()
@@ -87,7 +104,8 @@ def test_each_column_has_its_own_step_sizes():
 
 
 def test_lab_of_known_colours():
-    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.73, -86.18, 83.18), (0, 0, 255): (32.30, 79.19, -107.86),
+    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),
+             (0, 255, 0): (87.73, -86.18, 83.18), (0, 0, 255): (32.30, 79.19, -107.86),
              (119, 119, 119): (50.03, 0, 0), (5, 5, 5): (1.37, 0, 0)}
     image = torch.tensor([list(known)], dtype=torch.uint8).permute(2, 0, 1)
     assert (rgb_to_lab(image)[:, 0].T - torch.tensor(list(known.values()))).abs().max() < 0.03
@@ -99,7 +117,8 @@ def pixel_adjacency(image, reach, tau):
     _, height, width = lab.shape
     rows, columns, weights = [], [], []
     for y, x in itertools.product(range(height), range(width)):
-        for v, u in itertools.product(range(max(0, y - reach), min(height, y + reach + 1)), range(max(0, x - reach), min(width, x + reach + 1))):
+        for v, u in itertools.product(range(max(0, y - reach), min(height, y + reach + 1)),
+                                      range(max(0, x - reach), min(width, x + reach + 1))):
             if (v, u) != (y, x):
                 rows.append(y * width + x)
                 columns.append(v * width + u)
@@ -107,10 +126,16 @@ def pixel_adjacency(image, reach, tau):
     return scipy.sparse.csr_array((weights, (rows, columns)), (height * width,) * 2)
 
 
-@pytest.mark.parametrize("size, reach, tau", [((20, 28), 6, 0.01), ((16, 16), 3, 0.1), ((16, 32), 2, 0.01), ((4, 19), 6, 0.05)])
+@pytest.mark.parametrize("size, reach, tau", [
+    ((20, 28), 6, 0.01),
+    ((16, 16), 3, 0.1),
+    ((16, 32), 2, 0.01),
+    ((4, 19), 6, 0.05),
+])
 def test_lposs_plus_equals_an_explicit_sparse_matrix(size, reach, tau):
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size[::-1], Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(
+        size[::-1], Image.BICUBIC)
     image = to_rgb(coarse)
     w = pixel_adjacency(image, reach, tau)
     degrees = w.sum(1)
@@ -118,51 +143,68 @@ def test_lposs_plus_equals_an_explicit_sparse_matrix(size, reach, tau):
     s = scipy.sparse.diags_array(degrees ** -0.5) @ w @ scipy.sparse.diags_array(degrees ** -0.5)
     graph = PixelGraph(image, reach, tau)
     maps = torch.randn(3, *size)
-    assert np.abs(graph.apply(maps).flatten(1).numpy().T - s @ maps.flatten(1).double().numpy().T).max() < 1e-5
+    assert np.abs(graph.apply(maps).flatten(1).numpy().T
+                  - s @ maps.flatten(1).double().numpy().T).max() < 1e-5
 
     similarities = torch.rand(2, 3, 5)
-    start = F.interpolate(similarities.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)[0].flatten(1).double().numpy().T
-    expected = 0.05 * scipy.sparse.linalg.spsolve((scipy.sparse.eye_array(len(degrees)) - 0.95 * s).tocsc(), start)
-    propagated = propagate_pixels(image, similarities, flags("--lposs-reach", reach, "--lposs-tau", tau, "--lposs-steps", 200), values=size[0] * size[1] * 2)  # two names at a time
+    start = F.interpolate(similarities.permute(2, 0, 1)[None], size=size, mode="bilinear",
+                          align_corners=False)[0].flatten(1).double().numpy().T
+    expected = 0.05 * scipy.sparse.linalg.spsolve(
+        (scipy.sparse.eye_array(len(degrees)) - 0.95 * s).tocsc(), start)
+    propagated = propagate_pixels(
+        image, similarities,
+        flags("--lposs-reach", reach, "--lposs-tau", tau, "--lposs-steps", 200),
+        values=size[0] * size[1] * 2)  # two names at a time
     assert np.abs(propagated.flatten(0, 1).numpy() - expected).max() < 1e-5
 
 
 def test_refined_prediction_end_to_end(backbone):
-    """Method.predict with lposs and lposs+ against the steps by hand, on a picture whose sides are no multiples of the patch."""
+    """Method.predict with lposs and lposs+ against the steps by hand, on a picture whose sides are
+    no multiples of the patch."""
     image = torch.randint(0, 256, (3, 70, 115), dtype=torch.uint8)
     classes, texts = Classes([["a", "b"], ["c"]]), F.normalize(torch.randn(3, backbone.dim), dim=-1)
     runtime = SimpleNamespace(autocast=torch.no_grad)
     args, size = flags("--lposs-k", 20), (70, 115)
     features = F.normalize(dense_features(backbone, image), dim=-1)  # (4, 7, D)
     centres = torch.tensor([(16 * y + 8.0, 16 * x + 8.0) for y in range(4) for x in range(7)])
-    patches = propagate_patches(features.flatten(0, 1), centres, features.flatten(0, 1) @ texts.T, args).view(4, 7, 3)
+    patches = propagate_patches(features.flatten(0, 1), centres,
+                                features.flatten(0, 1) @ texts.T, args).view(4, 7, 3)
     pixels = propagate_pixels(fit_to_patches(image, 16), patches, args)
     for refine, maps in (("lposs", patches), ("lposs+", pixels)):
         best = torch.stack([maps[..., :2].amax(-1), maps[..., 2]])
         expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0]
         clear = (expected[0] - expected[1]).abs() > 1e-5
         method = Method("single-pass", "", backbone, "", refine=refine)
-        labels = method.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args, runtime)
+        labels = method.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args,
+                                runtime)
         assert torch.equal(labels[clear], expected.argmax(0)[clear]) and clear.double().mean() > 0.9
     windows = Method("sliding-window/24", "", backbone, "", stride=24, refine="lposs")
-    assert windows.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args, runtime).shape == size
-    covering = Method("sliding-window/64", "", backbone, "", stride=64, refine="lposs")  # one window, which is the single pass
+    assert windows.predict(image, size, classes, texts, evaluate_ovs.Rule(), None, args,
+                           runtime).shape == size
+    # one window, which is the single pass
+    covering = Method("sliding-window/64", "", backbone, "", stride=64, refine="lposs")
     small = image[:, :64, :64]
     single = Method("single-pass", "", backbone, "", refine="lposs")
-    inputs = (small, (64, 64), Classes([["a"], ["b"], ["c"]]), texts, evaluate_ovs.Rule(), None, args, runtime)  # a maximum over synonyms is taken before and after stitching
+    # a maximum over synonyms is taken before and after stitching
+    inputs = (small, (64, 64), Classes([["a"], ["b"], ["c"]]), texts, evaluate_ovs.Rule(), None,
+              args, runtime)
     assert (covering.predict(*inputs) == single.predict(*inputs)).double().mean() > 0.999
 
 
 def test_best_synonyms():
     similarities = torch.randn(4, 5, 6)
-    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1), similarities[..., 4:].amax(-1)], -1)
-    assert torch.equal(best_synonyms(similarities, Classes([["a"], ["b", "c", "d"], ["e", "f"]])), expected)
+    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
+                            similarities[..., 4:].amax(-1)], -1)
+    assert torch.equal(
+        best_synonyms(similarities, Classes([["a"], ["b", "c", "d"], ["e", "f"]])), expected)
 
 
-# ---- AnyUp ---------------------------------------------------------------------------------------------------------------
+# ---- AnyUp ---------------------------------------------------------------------------------------
 
 ANYUP = os.environ.get("SPAR_ANYUP_DIR")
-needs_anyup = pytest.mark.skipif(not ANYUP, reason="AnyUp's public code is not here; SPAR_ANYUP_DIR names a clone of https://github.com/wimmerth/anyup")
+needs_anyup = pytest.mark.skipif(
+    not ANYUP, reason="AnyUp's public code is not here; SPAR_ANYUP_DIR names a clone of "
+                      "https://github.com/wimmerth/anyup")
 
 
 @pytest.fixture(scope="module")
@@ -176,32 +218,44 @@ def anyup():
 
 def published(ours, image, similarities, size):
     """The published network's own forward pass: (N, H, W)."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = (torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+                 torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
     keep, ours.model.cross_decode = ours.model.cross_decode, ours.block
     try:
         with torch.no_grad():
-            return ours.model((image.float() / 255 - mean)[None] / std, similarities.permute(2, 0, 1)[None], size)[0]
+            return ours.model((image.float() / 255 - mean)[None] / std,
+                              similarities.permute(2, 0, 1)[None], size)[0]
     finally:
         ours.model.cross_decode = keep
 
 
 @needs_anyup
-@pytest.mark.parametrize("side, grid, size, names", [((96, 128), (6, 8), (96, 128), 5), ((112, 80), (7, 5), (75, 61), 19), ((48, 160), (3, 10), (60, 201), 150), ((64, 64), (4, 4), (33, 40), 1)])
+@pytest.mark.parametrize("side, grid, size, names", [
+    ((96, 128), (6, 8), (96, 128), 5),
+    ((112, 80), (7, 5), (75, 61), 19),
+    ((48, 160), (3, 10), (60, 201), 150),
+    ((64, 64), (4, 4), (33, 40), 1),
+])
 def test_anyup_in_tiles_equals_its_own_output(anyup, side, grid, size, names):
-    image, similarities = torch.randint(0, 256, (3, *side), dtype=torch.uint8), 0.3 * torch.rand(*grid, names)
+    image, similarities = (torch.randint(0, 256, (3, *side), dtype=torch.uint8),
+                           0.3 * torch.rand(*grid, names))
     strip = anyup.strips(image, similarities, size, tile=24)
     ours = torch.cat([strip(first, min(first + 37, size[0])) for first in range(0, size[0], 37)], 1)
     theirs = published(anyup, image, similarities, size)
     assert ours.shape == theirs.shape == (names, *size)
     assert (ours - theirs).abs().max() < 2e-6
-    assert ours.min() >= similarities.min() - 1e-6 and ours.max() <= similarities.max() + 1e-6  # a convex combination
+    # a convex combination
+    assert ours.min() >= similarities.min() - 1e-6 and ours.max() <= similarities.max() + 1e-6
 
 
 @needs_anyup
 def test_anyup_by_the_command_line(micro, photos, tmp_path):
-    evaluate_ovs.main(flags("--backbone", micro, "--random-init", "--images", photos, "--limit", 2, "--classes", "cat, grass | lawn, sky", "--upsampler", "bilinear", "anyup",
-                            "--hub-dir", ANYUP, "--save-maps", tmp_path))
-    assert (tmp_path / "single-pass+anyup" / "0.png.labels.png").is_file() and (tmp_path / "single-pass" / "0.png.labels.png").is_file()
+    evaluate_ovs.main(flags(
+        "--backbone", micro, "--random-init", "--images", photos, "--limit", 2,
+        "--classes", "cat, grass | lawn, sky", "--upsampler", "bilinear", "anyup",
+        "--hub-dir", ANYUP, "--save-maps", tmp_path))
+    assert ((tmp_path / "single-pass+anyup" / "0.png.labels.png").is_file()
+            and (tmp_path / "single-pass" / "0.png.labels.png").is_file())
 
 
 def test_anyup_without_its_code_or_weights(tmp_path):
@@ -217,9 +271,12 @@ def test_bilinear_strips_equal_interpolation(backbone):
     texts = F.normalize(torch.randn(7, backbone.dim), dim=-1)
     similarities = single_pass_similarities(backbone, image, texts)
     for size in ((90, 130), (40, 200), tuple(similarities.shape[:2])):
-        expected = F.interpolate(similarities.permute(2, 0, 1)[None].double(), size=size, mode="bilinear", align_corners=False)[0]
+        expected = F.interpolate(similarities.permute(2, 0, 1)[None].double(), size=size,
+                                 mode="bilinear", align_corners=False)[0]
         strip = bilinear_strips(similarities, size)
-        joined = torch.cat([strip(first, min(first + 13, size[0])) for first in range(0, size[0], 13)], 1)
+        joined = torch.cat([strip(first, min(first + 13, size[0]))
+                            for first in range(0, size[0], 13)], 1)
         assert (joined - expected).abs().max() < 1e-6
         classes = Classes([[str(k)] for k in range(7)])
-        assert (label_map(strip, size, classes, values=7 * size[1] * 11) == expected.argmax(0)).double().mean() > 0.9999
+        assert (label_map(strip, size, classes, values=7 * size[1] * 11)
+                == expected.argmax(0)).double().mean() > 0.9999

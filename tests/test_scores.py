@@ -15,12 +15,15 @@ from evaluate_ovs import confusion_matrix, scores
 def test_scores_equal_scikit_learns(seed):
     rng = np.random.default_rng(seed)
     count = 9
-    labels, predictions = rng.integers(0, count - 2, (40, 50)), rng.integers(0, count - 1, (40, 50))  # class 8 in neither
+    labels, predictions = (rng.integers(0, count - 2, (40, 50)),
+                           rng.integers(0, count - 1, (40, 50)))  # class 8 in neither
     predictions = np.where(rng.uniform(size=labels.shape) < 0.5, labels, predictions)
     labels[rng.uniform(size=labels.shape) < 0.2] = 255
-    confusion = sum(confusion_matrix(torch.from_numpy(a), torch.from_numpy(b), count) for a, b in zip(labels, predictions))
+    confusion = sum(confusion_matrix(torch.from_numpy(a), torch.from_numpy(b), count)
+                    for a, b in zip(labels, predictions))
     kept = labels != 255
-    assert (confusion.numpy() == sklearn_confusion(labels[kept], predictions[kept], labels=range(count))).all()
+    assert (confusion.numpy()
+            == sklearn_confusion(labels[kept], predictions[kept], labels=range(count))).all()
     iou, miou, accuracy = scores(confusion)
     expected = jaccard_score(labels[kept], predictions[kept], labels=range(count - 1), average=None)
     assert np.allclose(iou[:-1].numpy(), 100 * expected) and torch.isnan(iou[-1])
@@ -36,8 +39,12 @@ def test_class_lists(tmp_path):
     assert read_classes(file).owner.tolist() == [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("source, message", [("", "empty"), ("cat,,dog", "class 2 has an empty name"), ("cat, dog, Cat", "'Cat'.*class 1.*class 3"),
-                                             ("missing.txt", "no such file")])
+@pytest.mark.parametrize("source, message", [
+    ("", "empty"),
+    ("cat,,dog", "class 2 has an empty name"),
+    ("cat, dog, Cat", "'Cat'.*class 1.*class 3"),
+    ("missing.txt", "no such file"),
+])
 def test_bad_class_lists_are_refused(source, message):
     with pytest.raises(WrongCall, match=message):
         read_classes(source)
@@ -46,8 +53,10 @@ def test_bad_class_lists_are_refused(source, message):
 def test_a_class_is_as_similar_as_its_best_synonym():
     similarities = torch.randn(20, 30, 6)
     classes = Classes([["a"], ["b", "c", "d"], ["e", "f"]])
-    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1), similarities[..., 4:].amax(-1)]).argmax(0)
-    assert torch.equal(label_map(bilinear_strips(similarities, (20, 30)), (20, 30), classes), expected)
+    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
+                            similarities[..., 4:].amax(-1)]).argmax(0)
+    assert torch.equal(
+        label_map(bilinear_strips(similarities, (20, 30)), (20, 30), classes), expected)
 
 
 def test_masks_are_checked(tmp_path):
@@ -57,7 +66,8 @@ def test_masks_are_checked(tmp_path):
     labels = np.array([[0, 1, 255], [3, 7, 0]], np.uint8)
     Image.fromarray(labels).save(tmp_path / "mask.png")
     assert (read_mask(tmp_path / "mask.png", (2, 3), 8).numpy() == labels).all()
-    with pytest.raises(RunFailed, match="mask.png holds labels 3, 7; with 3 classes they go from 0 to 2"):
+    with pytest.raises(RunFailed,
+                       match="mask.png holds labels 3, 7; with 3 classes they go from 0 to 2"):
         read_mask(tmp_path / "mask.png", (2, 3), 3)
     with pytest.raises(RunFailed, match="mask.png is 2 x 3.*4 x 4"):
         read_mask(tmp_path / "mask.png", (4, 4), 8)
