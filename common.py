@@ -43,14 +43,24 @@ os.umask(UMASK)
 # ---- errors and files ----------------------------------------------------------------------------
 
 class WrongCall(Exception):
-    """Values that cannot work; a command ends with exit code 2.
-
-    Library code writes its parameters as `batch_size`, which a command line shows as --batch-size.
-    """
+    """Values that cannot work; a command ends with exit code 2."""
 
 
 class RunFailed(Exception):
     """The call is right but the run cannot go on (a bad file, a full disk); exit code 1."""
+
+
+def speaks_flags(main):
+    """Decorator of a stage's main: what library code says of a parameter, `batch_size`, is said of
+    the flag, --batch-size."""
+    @functools.wraps(main)
+    def stage(*args):
+        try:
+            return main(*args)
+        except (WrongCall, RunFailed) as error:
+            text = re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), str(error))
+            raise type(error)(text) from error
+    return stage
 
 
 def command_line(main, *args):
@@ -81,8 +91,7 @@ def command_line(main, *args):
 def report(error, code):
     if os.environ.get("SPAR_TRACEBACK"):
         traceback.print_exc()
-    text = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), str(error))
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return code
 
 

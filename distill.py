@@ -97,7 +97,7 @@ from common import (RunFailed, WriteBehind, WrongCall, append_json_lines, apply_
                     atomic_path, command_line, embed_texts, first_line, free_bytes, load_backbone,
                     nearest_multiple, open_features, planned_size, prefetch, read_image, read_index,
                     read_json, read_json_lines, require_room, require_same_settings, resize_image,
-                    start_runtime, weights_hash, write_json, write_json_lines)
+                    speaks_flags, start_runtime, weights_hash, write_json, write_json_lines)
 from data.benchmarks import read_classes
 
 STATE = "training_state.pt"
@@ -641,6 +641,7 @@ def load_student(teacher, device, text):
     return student
 
 
+@speaks_flags
 def main(args):
     teacher, out = Teacher(args.teacher), Path(args.out)
     if (args.loss == "similarity") != (args.classes is not None):

@@ -151,8 +151,8 @@ from common import (DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_
                     bilinear_strips, check_window, chosen_window, command_line, embed_texts,
                     encode_windows, first_line, fit_to_patches, hub_clone, label_strips,
                     linear_matrix, load_backbone, load_strictly, prefetch, prepare, read_json,
-                    read_json_lines, read_tensors, start_runtime, stitch_axis, stitched_features,
-                    weights_hash, window_starts, write_json, write_json_lines)
+                    read_json_lines, read_tensors, speaks_flags, start_runtime, stitch_axis,
+                    stitched_features, weights_hash, window_starts, write_json, write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
@@ -1094,6 +1094,7 @@ def subfolder(folder, name, among):
     return folder / name.replace("/", "-").replace(" ", "")
 
 
+@speaks_flags
 def main(args):
     check_flags(args)
     if args.results:

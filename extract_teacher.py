@@ -95,7 +95,7 @@ from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, 
                     atomic_path, chosen_window, command_line, free_bytes, list_images,
                     load_backbone, nearest_multiple, open_features, planned_size, prefetch,
                     read_image, read_index, read_json_lines, require_room, require_same_settings,
-                    start_runtime, stitched_features, weights_hash, windows_a_pass,
+                    speaks_flags, start_runtime, stitched_features, weights_hash, windows_a_pass,
                     write_json_lines)
 
 # ---- augmentation: once per image, as a teacher map belongs to one version of it -----------------
@@ -361,6 +361,7 @@ def finish(folder, jobs, shards, seconds, size):
         raise RunFailed(f"none of the pictures could be used; {reasons} says why")
 
 
+@speaks_flags
 def main(args):
     if args.list_backbones:
         return list_backbones()

@@ -23,8 +23,8 @@ def parse_args(argv=None):
         help="dinov3txt: its two .pth files; not needed with --random-init")
     add("--random-init", action="store_true",
         help="the architecture without weights, which take as long")
-    add("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, resampled to multiples of "
-        "the patch (default: 1, 2 and 3 times the native side)")
+    add("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, resampled to multiples "
+        "of the patch (default: 1, 2 and 3 times the native side)")
     add("--strides", type=int, nargs="+", metavar="N", help="strides of the sliding window; 0 is "
         "the single pass (default: 0, half the window, 24)")
     add("--window", type=int, metavar="N", help="side of the window in pixels (default: the size "
@@ -59,7 +59,7 @@ import open_clip
 import torch
 
 from common import (DTYPES, WrongCall, atomic_path, chosen_window, command_line, cut_windows,
-                    load_backbone, nearest_multiple, start_runtime, write_json)
+                    load_backbone, nearest_multiple, speaks_flags, start_runtime, write_json)
 
 # ---- measures ------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def synchronised_time(device):
 
 
 def timed_passes(forward, batch, warmup, repeats, runtime):
-    """Seconds of each of `repeats` passes over one batch, after `warmup` passes on the same data."""
+    """Seconds of each of `repeats` passes over a batch, after `warmup` passes on the same data."""
     seconds = []
     for index in range(warmup + repeats):
         started = synchronised_time(runtime.device)
@@ -221,6 +221,7 @@ def parse_size(text, patch):
     return nearest_multiple(height, patch), nearest_multiple(width, patch)
 
 
+@speaks_flags
 def main(args):
     if min(args.batch_size, args.repeats) < 1 or args.warmup < 0:
         raise WrongCall("--batch-size and --repeats must be at least 1, --warmup at least 0")
@@ -240,9 +241,10 @@ def main(args):
         sizes = [parse_size(text, backbone.patch) for text in args.sizes]
 
     rate = matrix_product_rate(runtime)
+    size = f"window {window[0]} x {window[1]}" if window else "no native size"
     print(f"{args.backbone}{' with RANDOM weights' if args.random_init else ''}, patch "
-          f"{backbone.patch}, {f'window {window[0]} x {window[1]}' if window else 'no native size'};"
-          f" matrix products of this machine in {runtime.precision}: {rate / 1e12:.3f} TFLOP/s")
+          f"{backbone.patch}, {size}; matrix products of this machine in {runtime.precision}: "
+          f"{rate / 1e12:.3f} TFLOP/s")
     passes = args.warmup, args.repeats
     rows = time_all(backbone, sizes, strides, window,
                     lambda views: measure(backbone, views, passes, args.batch_size, runtime), rate)

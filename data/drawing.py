@@ -12,15 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import atomic_path
 
-# What nature has a colour for; a class whose name holds such a word gets it, the others a hue.
+# names that a colour belongs to, so that no picture shows blue grass; others get a hue of their own
 KNOWN_COLOURS = {
-    "flower field": (226, 120, 180), "lily pond": (70, 130, 150), "pebble beach": (176, 164, 140),
-    "parking lot": (86, 84, 104), "ice rink": (150, 190, 235), "brick wall": (170, 84, 66),
-    "yellow ball": (240, 220, 60), "red ball": (220, 40, 40), "blue ball": (40, 70, 220),
     "sky": (140, 200, 250), "grass": (110, 180, 70), "water": (40, 110, 190),
-    "sand": (225, 200, 140), "wood": (150, 110, 70), "road": (110, 110, 115),
-    "snow": (238, 242, 250), "tree": (30, 100, 45), "mushroom": (190, 60, 110),
-    "fish": (245, 140, 40),
+    "sand": (225, 200, 140), "brick wall": (170, 84, 66), "wood": (150, 110, 70),
+    "road": (110, 110, 115), "snow": (238, 242, 250), "flower field": (226, 120, 180),
+    "lily pond": (80, 150, 130), "pebble beach": (176, 164, 140), "parking lot": (70, 66, 96),
+    "ice rink": (150, 190, 235), "red ball": (220, 40, 40), "yellow ball": (240, 220, 60),
+    "blue ball": (40, 60, 220), "box": (90, 50, 110), "tent": (120, 70, 200),
+    "house": (235, 185, 40), "tree": (30, 100, 45), "car": (90, 240, 220),
+    "mushroom": (190, 50, 100), "fish": (245, 140, 40),
 }
 
 
