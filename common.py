@@ -318,9 +318,14 @@ class WriteBehind:
         self.wait(self.pending)
 
     def wait(self, pending=0):
-        """Until no more than `pending` calls are under way; one that failed raises here."""
-        while len(self.calls) > pending:
-            self.calls.popleft().result()
+        """Until no more than `pending` calls are under way. One that failed raises here, and those
+        after it are not made."""
+        try:
+            while self.calls and (len(self.calls) > pending or self.calls[0].done()):
+                self.calls.popleft().result()
+        except BaseException:
+            self.thread.shutdown(cancel_futures=True)
+            raise
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -969,8 +969,9 @@ def load_models(args, compare, device):
         teacher = read_student(checkpoint, compare)
         origin, random_init = teacher["backbone"], teacher.get("random_init", False)
         if args.backbone not in (None, origin):
-            raise WrongCall(f"--backbone {args.backbone}: {checkpoint} is a student of {origin}; "
-                            "leave it out, or leave --checkpoint out for the pre-trained model")
+            raise WrongCall(f"--checkpoint {checkpoint} with --backbone {args.backbone} must be a "
+                            "file with an official SPAR state dict; this is a folder with a "
+                            f"student of {origin}, which needs no --backbone")
         files = {key: value or teacher.get(key) for key, value in files.items()}
         pretrained = None
         student = load_backbone(checkpoint.absolute(), device=device, text=True, **files)

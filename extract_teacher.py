@@ -214,8 +214,9 @@ class Pictures:
 class FeatureFolder:
     """Where one of several writers puts feature maps, and notes them in files of its own."""
 
-    def __init__(self, out, writer, writers, dim):
-        self.out, self.writer, self.dim, self.bytes = out, writer, dim, 0
+    def __init__(self, out, writer, writers, dim, strict=False):
+        self.out, self.writer, self.dim, self.strict = out, writer, dim, strict
+        self.bytes = 0  # of new features
         suffix = "" if writers == 1 else f"-{writer + 1}of{writers}"
         self.index_path, self.failures_path = (out / f"{name}{suffix}.jsonl"
                                                for name in ("index", "failures"))
@@ -248,6 +249,9 @@ class FeatureFolder:
         append_json_lines(self.index_path, entry)
 
     def fail(self, job, error):
+        """Note why a picture cannot be used, or end the run."""
+        if self.strict:
+            raise RunFailed(f"{error} (--strict)")
         append_json_lines(self.failures_path, {"image": job[0], "version": job[1], "error": error})
 
     def merge(self, alone):
@@ -270,13 +274,11 @@ class FeatureFolder:
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-def extract(pictures, jobs, encode, folder, workers, progress, strict=False):
+def extract(pictures, jobs, encode, folder, progress, workers=2):
     """For each job: its picture's pixels, their stitched features, a file of them."""
     for job, (plan, pixels, error) in zip(jobs, prefetch(pictures.load, jobs, workers)):
         if error is None:
             folder.save(job, plan, encode(pixels))  # (3, H, W) -> (H / patch, W / patch, D)
-        elif strict:
-            raise RunFailed(f"{error} (--strict)")
         else:
             folder.fail(job, error)
         progress.update()
@@ -394,7 +396,7 @@ def main(args):
         "open_clip": open_clip.__version__}
 
     me, writers = shard * runtime.world + runtime.rank, shards * runtime.world
-    folder = FeatureFolder(out, me, writers, backbone.dim)
+    folder = FeatureFolder(out, me, writers, backbone.dim, args.strict)
     if runtime.rank == 0:
         require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"),
                               writer=f"{me}-")
@@ -415,7 +417,7 @@ def main(args):
 
     started = time.time()
     with tqdm(total=len(mine), desc="teacher", unit="map", disable=runtime.rank > 0) as progress:
-        extract(pictures, mine, encode, folder, args.workers, progress, args.strict)
+        extract(pictures, mine, encode, folder, progress, args.workers)
     size = runtime.total(folder.bytes)
     if runtime.rank == 0:
         finish(folder, jobs, shards, time.time() - started, size)

@@ -10,9 +10,10 @@ with medians of their ratios.
     python tests/benchmark.py distill --images 16 --size 1024x1024      # what a GPU should be given
 
 stitching: 1024 x 2048 pixels, window 512, stride 24, against upsampling and adding window by window
-(a row of windows, scaled up).
+(a row of windows, scaled up); similarities up to the last strip of pixels that evaluation asks for.
 extraction: extract_teacher.py as a whole against batches of ten copied windows in fp32, and against
-the machine's matrix products.
+the machine's matrix products; and, with tiny on pictures of the demo, the forward passes and the
+stitching of one picture at a time against batches of windows that cross from picture to picture.
 single-pass: encode_dense on 672 x 896 pixels against the bare blocks of the library on the same
 tokens.
 student: the same single pass against the windows of stride 24 (eight of them, scaled up), with a
@@ -27,6 +28,7 @@ Weights are random, which costs the same operations. What is measured goes into 
 tests/results/, with machine and versions.
 """
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -37,6 +39,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,10 +53,12 @@ import common
 import distill
 import evaluate_ovs
 import extract_teacher
-from common import (Classes, Stitcher, apply_augmentation, bilinear_strips, cut_windows,
-                    dense_features, label_map, load_backbone, prepare, read_image, read_index,
-                    single_pass_similarities, start_runtime, window_starts, write_json)
-from time_inference import (machine_and_versions, matrix_product_rate, peak_memory,
+from common import (DEMO, Stitcher, apply_augmentation, cut_windows, dense_features, label_strips,
+                    list_images, load_backbone, prepare, read_image, read_index, start_runtime,
+                    stitched_features, window_starts, windows_a_pass, write_json)
+from data.benchmarks import Classes
+from data.scores import confusion_matrix
+from time_inference import (count_flops, machine_and_versions, matrix_product_rate, peak_memory,
                             reset_peak_memory, synchronised_time)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +154,7 @@ def window_loop_teacher(backbone, images, stride):
                                for window in cut_windows(image, backbone.window, stride)])
         grid = [side // backbone.patch for side in backbone.window]
         for first in range(0, len(windows), 10):
-            if isinstance(backbone, common.NativeViT):
+            if isinstance(backbone, common.NativeViT) and backbone.pooling == "class token":
                 maps = library_blocks(
                     backbone.visual, backbone.embed(windows[first:first + 10])).unflatten(1, grid)
             else:
@@ -159,58 +164,108 @@ def window_loop_teacher(backbone, images, stride):
     return outputs
 
 
+@torch.no_grad()
+def crossing_teacher(backbone, images, stride, autocast, batch_size=60):
+    """stitched_features of images (3, H, W), none smaller than the window, in even batches of
+    windows that cross from one image to the next."""
+    stitchers, owners, views = [], [], []
+    for image in images:
+        windows = cut_windows(image, backbone.window, stride)
+        stitchers.append(Stitcher.of_features(image.shape[-2:], backbone.window, stride,
+                                              backbone.patch, image.device))
+        owners += [stitchers[-1]] * len(windows)
+        views += windows
+    passes = math.ceil(len(views) / windows_a_pass(backbone, backbone.window, batch_size))
+    size = math.ceil(len(views) / passes)
+    with autocast():
+        for first in range(0, len(views), size):
+            maps = backbone.encode_dense(torch.stack(views[first:first + size]))
+            with torch.autocast(maps.device.type, enabled=False):
+                for stitcher, features in zip(owners[first:], maps.float()):
+                    stitcher.add(features[None])
+    return [stitcher.result() for stitcher in stitchers]
+
+
 # ---- speed ---------------------------------------------------------------------------------------
 
+def stitched_map(layout, maps, count, device):
+    """(H / patch, W / patch, C) of `count` windows, whose maps are `maps` again and again."""
+    stitcher = Stitcher.of_features(*layout, device)
+    for _ in range(0, count, len(maps)):
+        stitcher.add(maps)
+    return stitcher.result()
+
+
+def stitched_pixels(layout, maps, count, device):
+    """The same at pixel resolution, in the strips that label_map would take; (H, W) of one channel,
+    of which a copy is kept."""
+    size, stitcher = layout[0], evaluate_ovs.PixelStitcher(*layout, device)
+    for _ in range(0, count, len(maps)):
+        stitcher.add(maps)
+    return label_strips(lambda strip: strip[0].clone(), stitcher.strips(size), size, maps.shape[-1])
+
+
 def measure_stitching(args, work, runtime):
-    size, window, stride, rows = (1024, 2048), (512, 512), 24, {}
-    print("\nstitching 1024 x 2048, window 512, stride 24 (1495 windows)")
-    for name, channels, cell, outputs in (("768 features", 768, 8, (64, 128)),
-                                          ("150 similarities", 150, 1, size)):
-        # a fifth of a row of windows, again and again
-        maps = torch.rand(13, 32, 32, channels, device=runtime.device)
-        swapped = maps.permute(0, 3, 1, 2).contiguous()
-        count, row = (len(window_starts(length, side, stride))
-                      for length, side in zip(size, window))
+    size, window, stride, patch = layout = (1024, 2048), (512, 512), 24, 16
+    columns, rows = (len(window_starts(length, side, stride))
+                     for length, side in zip(size, window))
+    print(f"\nstitching 1024 x 2048, window 512, stride 24 ({columns * rows} windows)")
+    return {name: measure_stitcher(name, join, layout, channels, cell, args.rounds, runtime.device)
+            for name, join, channels, cell in (
+                ("768 features", stitched_map, 768, math.gcd(stride, patch)),
+                ("150 similarities", stitched_pixels, 150, 1))}
 
-        def ours():
-            stitcher = Stitcher(size, window, stride, 16, cell, outputs, runtime.device)
-            for _ in range(0, count * row, len(maps)):
-                stitcher.add(maps)
-            return stitcher.result()
 
-        loop = WindowLoop(size, window, stride, cell, channels, runtime.device)
+def measure_stitcher(name, join, layout, channels, cell, rounds, device):
+    """One of the two against WindowLoop on cells of so many pixels."""
+    size, window, stride, patch = layout
+    height, width = (len(window_starts(length, side, stride))
+                     for length, side in zip(size, window))  # windows below and beside each other
+    # a fifth of a row of windows, again and again
+    maps = torch.rand(width // 5, *(side // patch for side in window), channels, device=device)
+    swapped = maps.permute(0, 3, 1, 2).contiguous()
+    loop = WindowLoop(size, window, stride, cell, channels, device)
 
-        def one_row():
-            for first in range(0, row, len(maps)):
-                loop.add(swapped, first)
+    def ours():
+        return join(layout, maps, height * width, device)
 
-        seconds = in_turns(args.rounds, runtime.device, ours=ours, one_row=one_row)
-        del loop
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            # or what the other side gave back would be used again, unseen
-            ctypes.CDLL(None).malloc_trim(0)
-        reset_peak_memory(runtime.device)
-        before, out = peak_memory(runtime.device), ours()
-        extra = peak_memory(runtime.device) - before - out.nbytes
-        rows[name] = {"seconds": statistics.median(seconds["ours"]),
-                      "loop_seconds": count * statistics.median(seconds["one_row"]),
-                      "ratio": count * median_ratio(seconds["one_row"], seconds["ours"]),
-                      "output_mb": out.nbytes / 1e6, "extra_mb": extra / 1e6}
-        print("{:18} {seconds:7.2f} s, window by window {loop_seconds:7.1f} s: {ratio:.0f} times; "
-              "output {output_mb:.0f} MB, beyond it {extra_mb:.0f} MB".format(name, **rows[name]))
-        del out
-    return rows
+    def one_row():
+        for first in range(0, width, len(maps)):
+            loop.add(swapped, first)
+
+    seconds, accumulator = in_turns(rounds, device, ours=ours, one_row=one_row), loop.total.nbytes
+    loop.total = loop.counts = None
+    output, extra = memory_of(ours, device)
+    result = {"seconds": statistics.median(seconds["ours"]),
+              "loop_seconds": height * statistics.median(seconds["one_row"]),
+              "ratio": height * median_ratio(seconds["one_row"], seconds["ours"]),
+              "output_mb": output / 1e6, "extra_mb": extra / 1e6,
+              "accumulator_mb": accumulator / 1e6}
+    print("{:18} {seconds:7.2f} s, window by window {loop_seconds:7.1f} s: {ratio:.0f} times; "
+          "output {output_mb:.0f} MB, beyond it {extra_mb:.0f} MB (there, an accumulator of "
+          "{accumulator_mb:.0f} MB)".format(name, **result))
+    return result
+
+
+def memory_of(function, device):
+    """(bytes of the tensor that a function returns, bytes it takes beyond that at its peak)."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        # or what others gave back would be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak_memory(device)
+    before, out = peak_memory(device), function()
+    return out.nbytes, peak_memory(device) - before - out.nbytes
 
 
 def extract_timed(images, out, backbone, precision, args):
     """extract_teacher.py in this process: seconds from the first decoding to the last written file,
     and those of the forward passes in them."""
-    forward, started, load_group, encode = (
-        [], [], extract_teacher.load_group, common.Backbone.encode_dense)
+    forward, started = [], []
+    load, encode = extract_teacher.Pictures.load, common.Backbone.encode_dense
 
-    def loading(*arguments):
+    def loading(self, job):
         started.append(time.perf_counter())
-        return load_group(*arguments)
+        return load(self, job)
 
     def encoding(self, views):
         before = synchronised_time(views.device)
@@ -218,37 +273,37 @@ def extract_timed(images, out, backbone, precision, args):
         forward.append(synchronised_time(views.device) - before)
         return features
 
-    extract_teacher.load_group, common.Backbone.encode_dense = loading, encoding
-    try:
+    with (mock.patch.object(extract_teacher.Pictures, "load", loading),
+          mock.patch.object(common.Backbone, "encode_dense", encoding)):
         run(extract_teacher, "--images", images, "--out", out, "--backbone", backbone,
             "--random-init", "--augment", "none", "--stride", 24,
             "--precision", precision, "--device", args.device, *args.compile)
-    finally:
-        extract_teacher.load_group, common.Backbone.encode_dense = load_group, encode
     return time.perf_counter() - min(started), sum(forward)
 
 
 def measure_extraction(args, work, runtime):
     """Twice the native size, so 121 windows a picture at 224."""
+    torch.manual_seed(0)  # extract_teacher.py's own, so that both sides have the same weights
     backbone = load_backbone(args.backbone, True, runtime.device)
     side, pictures = 2 * backbone.window[0], work / "extraction"
     pictures.mkdir()
     make_pictures(pictures, args.images, (side, side))
-    images = [prepare(backbone, read_image(path)) for path in sorted(pictures.iterdir())]
+    paths = sorted(pictures.iterdir())
+    images = [prepare(backbone, read_image(path)) for path in paths]
     windows = len(images) * len(cut_windows(images[0], backbone.window, 24))
-    flop, precisions = (windows * backbone.flops(backbone.window),
-                        ["fp32", "fp16" if runtime.device.type == "cuda" else "bf16"])
+    flop = windows * count_flops(backbone, backbone.window)
+    precisions = ["fp32", "fp16" if runtime.device.type == "cuda" else "bf16"]
     print(f"\nextraction, {args.backbone}, stride 24, {len(images)} pictures of {side} x {side}: "
           f"{windows} windows, {flop / 1e12:.1f} TFLOP")
-    rates, seconds, forward, loop = (
-        {}, {name: [] for name in precisions}, {name: [] for name in precisions}, [])
-    runtimes = {name: common.Runtime(runtime.device, name) for name in precisions}
+    seconds, forward, rates = ({name: [] for name in precisions} for _ in range(3))
+    loop = []
     for turn in range(args.rounds):
         for name in precisions:
-            rates.setdefault(name, []).append(matrix_product_rate(runtimes[name]))
+            precision = common.Runtime(runtime.device, name)
+            before = matrix_product_rate(precision)
             whole, inside = extract_timed(pictures, work / f"{name}-{turn}", args.backbone, name,
                                           args)
-            rates[name].append(matrix_product_rate(runtimes[name]))
+            rates[name] += [before, matrix_product_rate(precision)]
             seconds[name].append(whole)
             forward[name].append(inside)
         started = synchronised_time(runtime.device)
@@ -257,20 +312,58 @@ def measure_extraction(args, work, runtime):
     result = {"windows": windows, "tflop": flop / 1e12, "loop_seconds": statistics.median(loop)}
     expected = baseline[0].cpu()
     for name in precisions:
-        stored = torch.from_numpy(np.load(
-            work / f"{name}-0" / "features" / f"{sorted(pictures.iterdir())[0].name}.npy")).float()
-        result[name] = {"seconds": statistics.median(seconds[name]),
-                        "matrix_tflops": statistics.median(rates[name]) / 1e12,
-                        "share_of_matrix_rate": (flop / statistics.median(seconds[name])
-                                                 / statistics.median(rates[name])),
-                        "forward_share": statistics.median(
-                            b / a for a, b in zip(seconds[name], forward[name])),
-                        "times_the_loop": median_ratio(loop, seconds[name]),
-                        "difference": ((stored - expected).norm() / expected.norm()).item()}
+        stored = np.load(work / f"{name}-0" / "features" / f"{paths[0].name}.npy")
+        rate, median = statistics.median(rates[name]), statistics.median(seconds[name])
+        result[name] = {
+            "seconds": median, "matrix_tflops": rate / 1e12,
+            "share_of_matrix_rate": flop / median / rate,
+            "forward_share": median_ratio(forward[name], seconds[name]),
+            "times_the_loop": median_ratio(loop, seconds[name]),
+            "difference": relative_difference(torch.from_numpy(stored), expected)}
         print("{}: {seconds:7.1f} s, {share_of_matrix_rate:.1%} of the machine's "
               "{matrix_tflops:.3f} TFLOP/s, {forward_share:.1%} of it in forward passes; "
               "{times_the_loop:.2f} times as fast as the window loop in fp32; "
               "features differ by {difference:.2%}".format(name, **result[name]))
+    return result | {"one picture at a time": measure_one_at_a_time(args, runtime)}
+
+
+def relative_difference(value, expected):
+    return ((value.float() - expected).norm() / expected.norm()).item()
+
+
+def measure_one_at_a_time(args, runtime, count=8):
+    """What batches of windows that end with their picture cost, where it costs most: tiny's windows
+    are quick, and the demo's pictures have few of them."""
+    backbone = load_backbone("tiny", True, runtime.device)
+    pictures = extract_teacher.Pictures(DEMO / "train", extract_teacher.PRESETS["tiny"]["paper"],
+                                        backbone.patch, seed=0)
+    loaded = [pictures.load((name, 0)) for name in list_images(pictures.root)[:count]]
+    images = [backbone.normalise(pixels) for _, pixels, _ in loaded]
+    windows = sum(len(cut_windows(image, backbone.window, 24)) for image in images)
+    flop, outputs = windows * count_flops(backbone, backbone.window), {}
+
+    def one_at_a_time():
+        outputs["ours"] = [stitched_features(backbone, image, backbone.window, 24,
+                                             autocast=runtime.autocast) for image in images]
+
+    def crossing():
+        outputs["crossing"] = crossing_teacher(backbone, images, 24, runtime.autocast)
+
+    before = matrix_product_rate(runtime)
+    # many turns, as the difference is small
+    seconds = in_turns(max(5, args.rounds), runtime.device, ours=one_at_a_time, crossing=crossing)
+    rate = statistics.median([before, matrix_product_rate(runtime)])
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    result = {"windows": windows, "seconds": medians["ours"],
+              "crossing_seconds": medians["crossing"],
+              "ratio": median_ratio(seconds["ours"], seconds["crossing"]),
+              "share_of_matrix_rate": flop / medians["ours"] / rate,
+              "crossing_share_of_matrix_rate": flop / medians["crossing"] / rate,
+              "difference": max(map(relative_difference, outputs["ours"], outputs["crossing"]))}
+    print(f"tiny, stride 24, {len(images)} pictures of the demo, {windows} windows: one picture at "
+          "a time {seconds:.3f} s ({share_of_matrix_rate:.1%} of the matrix rate), in batches "
+          "across them {crossing_seconds:.3f} s ({crossing_share_of_matrix_rate:.1%}): "
+          "{ratio:.3f} times; features differ by {difference:.1e}".format(**result))
     return result
 
 
@@ -303,8 +396,8 @@ def measure_student(args, work, runtime):
     result = {"windows": len(views), "student_seconds": statistics.median(seconds["student"]),
               "teacher_seconds": len(views) / batch * statistics.median(seconds["windows"]),
               "ratio": len(views) / batch * median_ratio(seconds["windows"], seconds["student"]),
-              "by_operations": (len(views) * backbone.flops(backbone.window)
-                                / backbone.flops(size))}
+              "by_operations": (len(views) * count_flops(backbone, backbone.window)
+                                / count_flops(backbone, size))}
     print("\nViT-B/16-512, 672 x 896: student {student_seconds:.2f} s, "
           "teacher of stride 24 ({windows} windows) {teacher_seconds:.1f} s: {ratio:.1f} times, "
           "{by_operations:.1f} by operations".format(**result))
@@ -318,14 +411,13 @@ def measure_evaluation(args, work, runtime):
     make_pictures(path, 1, size)
     classes = Classes([[str(k)] for k in range(150)])
     texts = F.normalize(torch.randn(150, backbone.dim, device=runtime.device), dim=-1)
-    truth, encoder, picture = (torch.randint(0, 150, size), [],
-                               prepare(backbone, read_image(path / "0.jpg"))[None])
+    truth, encoder = torch.randint(0, 150, size), []
+    picture = prepare(backbone, read_image(path / "0.jpg"))[None]
+    method = evaluate_ovs.Method("single-pass", "", backbone, "", autocast=runtime.autocast)
 
     def whole():
-        image = read_image(path / "0.jpg")
-        similarities = single_pass_similarities(backbone, image, texts, runtime.autocast)
-        labels = label_map(bilinear_strips(similarities, size), size, classes).cpu()
-        evaluate_ovs.confusion_matrix(truth, labels, 150)
+        labels = method.predict(read_image(path / "0.jpg"), size, classes, texts)
+        confusion_matrix(truth, labels, 150)
 
     def bare():
         with torch.no_grad(), runtime.autocast():
@@ -355,20 +447,25 @@ def measure_memory(args, work, runtime):
     pictures, result = work / "memory", {}
     pictures.mkdir()
     make_pictures(pictures, 200, (256, 384))
-    for stage, hook, flags in (
-            ("extract_teacher", "save_features",
-             ["--backbone", "tiny", "--out", work / "memory-maps"]),
-            ("evaluate_ovs", "load_sample",
-             ["--backbone", "tiny", "--inference", "single-pass",
-              "--save-maps", work / "memory-labels", "--classes", "sky, grass, water"])):
-        clock, module = Clock(runtime.device), sys.modules[stage]
-        original = getattr(module, hook)
-        setattr(module, hook, lambda *arguments: (clock.note(), original(*arguments))[1])
-        run(module, "--images", pictures, "--device", args.device, *flags)
-        setattr(module, hook, original)
+    # what is called once for each picture
+    for stage, owner, hook, flags in (
+            ("extract_teacher", extract_teacher.FeatureFolder, "write",
+             ["--out", work / "memory-maps"]),
+            ("evaluate_ovs", evaluate_ovs.Row, "count",
+             ["--inference", "single-pass", "--save-maps", work / "memory-labels",
+              "--state", work / "memory-state", "--classes", "sky, grass, water"])):
+        clock, original = Clock(runtime.device), getattr(owner, hook)
+
+        def noted(*arguments):
+            clock.note()
+            return original(*arguments)
+
+        with mock.patch.object(owner, hook, noted):
+            run(sys.modules[stage], "--images", pictures, "--backbone", "tiny",
+                "--device", args.device, *flags)
         result[stage] = {f"{share} %": clock.resident(len(clock.notes), 0, share)
                          for share in (10, 50, 100)}
-        print(f"\nresident memory, {stage}, 200 pictures: "
+        print(f"\nresident memory, {stage}, {len(clock.notes)} pictures: "
               + ", ".join(f"at {share} {value:.0f} MB" for share, value in result[stage].items()))
     return result
 
@@ -381,8 +478,9 @@ class Clock:
     def __init__(self, device):
         self.device, self.notes = device, []
 
-    def note(self, *_):
-        now = synchronised_time(self.device)
+    def note(self, wait=True):
+        """wait: until a GPU has done what it was given."""
+        now = synchronised_time(self.device) if wait else time.perf_counter()
         pages = (int(Path("/proc/self/statm").read_text().split()[1])
                  if os.path.exists("/proc/self/statm") else 0)
         self.notes.append((now, time.process_time(), pages * os.sysconf("SC_PAGE_SIZE")))
@@ -421,19 +519,46 @@ def plain_loop(teacher, entries, backbone, device, precision):
 
 
 def our_loop(clock, *flags):
-    """distill.py as it is, without what it saves (a full-size run saves once in 500 steps), its log
-    noted by a clock."""
-    distill.append_json_line, distill.save_state, distill.plot_log, distill.save_open_clip = (
-        clock.note, *[lambda *_: None] * 3)
-    distill.read_json_lines = lambda path: [{"loss": 0, "step": 0, "seconds": 0}]
-    run(distill, "--train-blocks", TRAINED, "--lr", 2e-5, "--workers", 1, *flags)
+    """distill.py as it is, without what it saves (a full-size run saves once in 500 steps), each
+    step noted by a clock; which waits for a GPU after the first step and the last one of an epoch
+    only, as distill.py runs ahead of it in between."""
+    read = distill.Log.read
+
+    def noted(log, now=False):
+        stop = read(log, now)
+        clock.note(wait=now or not clock.notes)
+        return stop
+
+    with contextlib.ExitStack() as patches:
+        for owner, name in ((distill.Trainer, "save"), (distill.Log, "plot"),
+                            (common.Backbone, "save")):
+            patches.enter_context(mock.patch.object(owner, name, return_value="not saved"))
+        patches.enter_context(mock.patch.object(distill.Log, "read", noted))
+        run(distill, "--train-blocks", TRAINED, "--lr", 2e-5, "--workers", 1, *flags)
 
 
-def measure_distill(args, work, runtime):
-    height, width = size = [int(side) for side in args.size.split("x")]
+def split_flops(name, size):
+    """Of one image's forward pass: (FLOP of the frozen blocks and all before, FLOP of the trained
+    ones and all behind, shape (n, C) of the tokens between them).
+
+    Without data, as in count_flops; with gradients, or torch's fused kernels would hide products.
+    """
+    with torch.device("meta"):
+        backbone = load_backbone(name, random_init=True, device="meta").requires_grad_(True)
+        image = torch.empty(1, 3, *size)
+    first, grid = len(backbone.blocks) - TRAINED, backbone.grid(image)
+    with FlopCounterMode(display=False) as counter:
+        tokens = backbone.run_blocks(backbone.embed(image), grid, stop=first)
+        frozen = counter.get_total_flops()
+        backbone.project(backbone.run_blocks(tokens, grid, start=first), grid)
+    return frozen, counter.get_total_flops() - frozen, tokens.shape[1:]
+
+
+def time_distill(args, work, runtime):
+    """(wall, processor) seconds an image of each kind of loop in each round: {name: [pairs]}."""
     flags = ["--device", args.device, "--precision", args.precision]
     (work / "pictures").mkdir()
-    make_pictures(work / "pictures", args.images, size)
+    make_pictures(work / "pictures", args.images, args.size)
     teacher = work / "teacher"
     run(extract_teacher, "--images", work / "pictures", "--out", teacher,
         "--backbone", args.backbone, "--random-init", "--augment", "none", "--stride", 0, *flags)
@@ -443,76 +568,64 @@ def measure_distill(args, work, runtime):
         plain.append(plain_loop(teacher, entries, args.backbone, runtime.device, runtime))
         clock = Clock(runtime.device)
         our_loop(clock, "--teacher", teacher, "--out", work / f"spar-{turn}", "--epochs", 3,
+                 "--optimizer", "adamw", "--batch-size", 1,
                  "--cache-frozen", work / f"tokens-{turn}", *flags)
         early.append(clock.epoch(args.images, 0))
         later.append(clock.epoch(args.images, 2))
+    return {"plain loop": plain, "distill.py, epoch 1": early, "distill.py, later": later}
 
-    backbone = load_backbone(args.backbone, True, runtime.device)
 
-    # with gradients, or torch's fused kernels would hide their products
-    first, _ = distill.select_trained(backbone, str(TRAINED))
-    tokens = distill.frozen_tokens(
-        backbone, torch.zeros(3, *backbone.window, dtype=torch.uint8), first)
-    channels, extra = (
-        tokens.shape[2],
-        tokens.shape[1] - math.prod(side // backbone.patch for side in backbone.window))
-
-    def operations(size):
-        """FLOP of the forward pass of one image: (frozen part, trained part)."""
-        grid = [side // backbone.patch for side in size]
-        with FlopCounterMode(display=False) as counter:
-            backbone.project(backbone.run_blocks(
-                torch.zeros(1, math.prod(grid) + extra, channels, device=runtime.device), grid,
-                start=first), grid)
-        return backbone.flops(size) - counter.get_total_flops(), counter.get_total_flops()
-
-    frozen, trained = operations(size)
+def measure_distill(args, work, runtime):
+    times = time_distill(args, work, runtime)
+    frozen, trained, _ = split_flops(args.backbone, args.size)
     allowed = (frozen + 3 * trained) / (3 * trained)  # a backward pass costs two forward passes
-    print(f"\n{args.backbone}, {len(backbone.blocks)} blocks, {args.images} pictures of "
-          f"{height} x {width}, {args.rounds} rounds; the operations allow {allowed:.2f} "
-          "(16/6 = 2.67 if the last block were like the others)\n"
+    print(f"\n{args.backbone}, {args.images} pictures of {args.size[0]} x {args.size[1]}, "
+          f"{args.rounds} rounds; the operations allow {allowed:.2f} "
+          "(16/6 = 2.67 if ViT-B's last block were like the others)\n"
           f"{'':24}{'images/s':>10}{'ratio':>8}{'of processor time':>20}")
-    ratios = {}
-    for name, times in (("plain loop", plain), ("distill.py, epoch 1", early),
-                        ("distill.py, later", later)):
-        ratios[name] = [statistics.median(a[k] / b[k] for a, b in zip(plain, times))
+    rates, ratios = {}, {}
+    for name, pairs in times.items():
+        rates[name] = 1 / statistics.median(wall for wall, _ in pairs)
+        ratios[name] = [statistics.median(a[k] / b[k] for a, b in zip(times["plain loop"], pairs))
                         for k in (0, 1)]
-        print(f"{name:24}{1 / statistics.median(wall for wall, _ in times):10.3f}"
-              f"{ratios[name][0]:8.2f}{ratios[name][1]:20.2f}")
+        print(f"{name:24}{rates[name]:10.3f}{ratios[name][0]:8.2f}{ratios[name][1]:20.2f}")
+    hours, gigabytes = megapixel_costs(args, rates, runtime)
+    return {"ratio": ratios, "allowed": allowed, "images_per_second": rates, "hours": hours,
+            "gigabytes": gigabytes, "memory_mb": distill_memory(args, work)}
 
-    # 25,000 pictures of 1024 x 1024, ten epochs, by the rates of this run and the operations that
-    # it would take
-    window = backbone.window
-    views = torch.rand(args.windows, 3, *window, device=runtime.device)
-    times = []
-    with torch.no_grad(), runtime.autocast():
-        for _ in range(4):
-            began = time.perf_counter()
-            backbone.encode_dense(views).sum().item()
-            times.append((time.perf_counter() - began) / len(views))
-    count = len(window_starts(1024, window[0], 24)) * len(window_starts(1024, window[1], 24))
-    frozen_large, trained_large = operations((1024, 1024))
-    first = (statistics.median(wall for wall, _ in early)
-             * (frozen_large + 3 * trained_large) / (frozen + 3 * trained))
-    next_ = statistics.median(wall for wall, _ in later) * trained_large / trained
-    cells, images = (1024 // backbone.patch) ** 2, 25000
-    hours = {"features": images * count * statistics.median(times[1:]) / 3600,
-             "training": images * (first + 9 * next_) / 3600,
-             "training without kept tokens": (
-                 images * 10 * statistics.median(wall for wall, _ in plain)
-                 * (frozen_large + 3 * trained_large) / (frozen + 3 * trained) / 3600)}
-    gigabytes = {"features": images * cells * backbone.dim * 2 / 1e9,
-                 "tokens": images * (cells + extra) * channels * 2 / 1e9}
-    print("\n25,000 pictures of 1024 x 1024 here: "
-          f"features {hours['features']:,.0f} h ({count} windows of {window[0]} a picture, "
+
+def megapixel_costs(args, rates, runtime, images=25000, size=(1024, 1024)):
+    """(hours, gigabytes) that so many pictures would take over ten epochs, by the rates of this run
+    (images/s) and the operations that they need."""
+    backbone = load_backbone(args.backbone, True, runtime.device)
+    window, dim, cells = backbone.window, backbone.dim, math.prod(size) // backbone.patch ** 2
+    frozen, trained, _ = split_flops(args.backbone, args.size)
+    frozen_large, trained_large, tokens = split_flops(args.backbone, size)
+    all_blocks = (frozen_large + 3 * trained_large) / (frozen + 3 * trained)
+    first = all_blocks / rates["distill.py, epoch 1"]
+    later = trained_large / trained / rates["distill.py, later"]
+    windows = math.prod(len(window_starts(length, side, 24)) for length, side in zip(size, window))
+    features = windows * seconds_per_window(backbone, args.windows, runtime)
+    hours = {name: images * seconds / 3600 for name, seconds in (
+        ("features", features), ("training", first + 9 * later),
+        ("training without kept tokens", 10 * all_blocks / rates["plain loop"]))}
+    gigabytes = {"features": images * cells * dim * 2 / 1e9,
+                 "tokens": images * math.prod(tokens) * 2 / 1e9}
+    print(f"\n{images:,} pictures of {size[0]} x {size[1]} here: "
+          f"features {hours['features']:,.0f} h ({windows} windows of {window[0]} a picture, "
           f"stitching left out) and {gigabytes['features']:.0f} GB; "
           f"ten epochs {hours['training']:,.0f} h and {gigabytes['tokens']:.0f} GB of kept tokens, "
           f"or {hours['training without kept tokens']:,.0f} h without them")
-    return {"ratio": ratios, "allowed": allowed,
-            "images_per_second": {"plain": 1 / statistics.median(wall for wall, _ in plain),
-                                  "epoch 1": 1 / statistics.median(wall for wall, _ in early),
-                                  "later": 1 / statistics.median(wall for wall, _ in later)},
-            "hours": hours, "gigabytes": gigabytes, "memory_mb": distill_memory(args, work)}
+    return hours, gigabytes
+
+
+@torch.no_grad()
+def seconds_per_window(backbone, count, runtime):
+    """Of the forward pass of a batch of so many windows."""
+    views = torch.rand(count, 3, *backbone.window, device=runtime.device)
+    with runtime.autocast():
+        seconds = in_turns(3, runtime.device, encoder=lambda: backbone.encode_dense(views))
+    return statistics.median(seconds["encoder"]) / count
 
 
 def distill_memory(args, work):
@@ -535,6 +648,12 @@ MEASURES = {"stitching": measure_stitching, "extraction": measure_extraction,
             "distill": measure_distill}
 
 
+def sides(text):
+    """"448x640" -> (448, 640)."""
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -542,9 +661,10 @@ def main():
     add("what", nargs="*", choices=[[], *MEASURES], metavar="WHAT",
         help=f"{', '.join(MEASURES)} (default: all but distill)")
     add("--backbone", default="ViT-B-16",
-        help="of extraction and distill: an architecture of open_clip (%(default)s)")
+        help="of extraction and distill: tiny, or an architecture of open_clip (%(default)s)")
     add("--images", type=int, default=6, help="pictures of extraction and distill (%(default)s)")
-    add("--size", default="448x640", metavar="HxW", help="of distill's pictures (%(default)s)")
+    add("--size", type=sides, default="448x640", metavar="HxW",
+        help="of distill's pictures (%(default)s)")
     add("--rounds", type=int, default=3,
         help="turns of the sides (%(default)s); medians are printed")
     add("--windows", type=int, default=8,
@@ -557,6 +677,8 @@ def main():
         help="of all but extraction, which measures two")
     add("--json", type=Path, help="file to add to (tests/results/cpu.json, or that of the GPU)")
     args = parser.parse_args()
+    if "distill" in args.what and args.images < 2:
+        parser.error("distill needs at least two --images; the first of a loop warms up")
     runtime = start_runtime(args.device, args.precision)
     on_gpu = runtime.device.type == "cuda"
     path = args.json or ROOT / "tests" / "results" / (

@@ -135,7 +135,7 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(backbone):
     taken = []
     for blocks, only in (("2", None), ("all", None), (None, "pos-embed")):
         _, parameters = distill.select_trained(student, blocks, only)
-        optimizers = distill.make_optimizers(student, parameters, "muon", 1e-3, 0.1)
+        optimizers = distill.make_optimizers(student, parameters, distill.Recipe(optimizer="muon"))
         taken.append([{names[id(p)] for group in optimizer.param_groups for p in group["params"]}
                       for optimizer in optimizers])
         assert (sorted(name for part in taken[-1] for name in part)
@@ -146,8 +146,9 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest(backbone):
     assert (taken[0][0] == {name for name in matrices if ".0." not in name}
             and taken[1][0] == matrices)
     assert "positional_embedding" in taken[1][1] and taken[2] == [{"positional_embedding"}]
-    adamw, = distill.make_optimizers(student, parameters, "adamw", 1e-3, 0.1)
+    adamw, = distill.make_optimizers(student, parameters, distill.Recipe())
     assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (2e-5, 1e-4)
 
 
 def test_similarity_loss(teacher, backbone, tmp_path):
@@ -255,14 +256,15 @@ def test_tokens_of_other_settings_are_refused(whole, teacher, tmp_path):
 
 
 def test_tokens_beyond_float16(tmp_path):
-    frozen = distill.FrozenTokens(tmp_path, {}, 1, 4)
+    frozen = distill.FrozenTokens(tmp_path, {}, [], 1, 4)
     entry = {"file": "features/a.png.npy", "image": "a.png", "grid": [2, 2]}
     kept = frozen.keep(entry, torch.full((1, 5, 4), 60000.0))
-    frozen.flush()
+    frozen.wait()
     assert (torch.equal(frozen.read(entry)[None], kept)
             and frozen.path(entry).stat().st_size == frozen.bytes(entry))
-    with pytest.raises(RunFailed, match="a.png reach 70000.*--cache-frozen off"):
+    with pytest.raises(RunFailed, match="a.png are beyond 65504.*--cache-frozen off"):
         frozen.keep(entry, torch.full((1, 5, 4), 70000.0))
+        frozen.wait()
 
 
 def test_frozen_blocks_keep_no_gradients(backbone):
@@ -277,11 +279,10 @@ def test_frozen_blocks_keep_no_gradients(backbone):
 
 def test_a_disk_that_is_too_small_is_noticed_before(micro, photos, teacher, tmp_path, monkeypatch,
                                                     capsys):
-    entries = read_index(teacher)
-    frozen = distill.FrozenTokens(tmp_path / "tokens", {}, 1, 32)
-    size = sum(frozen.bytes(entry) for entry in entries)
+    frozen = distill.FrozenTokens(tmp_path / "tokens", {}, read_index(teacher), 1, 32)
+    size = sum(map(frozen.bytes, frozen.entries))
     monkeypatch.setattr(distill, "free_bytes", lambda folder: size)
-    assert distill.decide_cache(frozen, None, True, None, entries, 10) is False  # auto does without
+    assert frozen.decide(must=False, earlier=None, epochs=10) is False  # auto does without
     assert "would need" in capsys.readouterr().out
     monkeypatch.setattr(common, "free_bytes", lambda folder: 1000)
     with pytest.raises(RunFailed, match="frozen tokens.* need .* GB free"):
@@ -296,8 +297,9 @@ def test_a_disk_that_is_too_small_is_noticed_before(micro, photos, teacher, tmp_
 def test_features_take_what_was_estimated(teacher, photos, backbone):
     settings = json.loads((teacher / "teacher.json").read_text())
     jobs = [(entry["image"], entry["version"]) for entry in read_index(teacher)]
-    estimate = extract_teacher.estimate_bytes(
-        jobs, photos, common.Augmentation(**settings["augment"]), 16, 0, backbone.dim)
+    augmentation = extract_teacher.Augmentation(**settings["augment"])
+    pictures = extract_teacher.Pictures(photos, augmentation, 16, 0)
+    estimate = pictures.estimate_bytes(jobs, backbone.dim)
     assert estimate == sum(path.stat().st_size for path in (teacher / "features").rglob("*.npy"))
 
 
@@ -405,15 +407,42 @@ def test_sigterm_saves_and_says_how_to_continue(fork, whole, teacher, tmp_path):
     assert_same_training(whole, tmp_path)
 
 
-def test_the_state_before_the_last_is_kept(teacher, whole, tmp_path):
+def test_a_damaged_state_is_named(teacher, whole, tmp_path):
     flags = ["--teacher", teacher, "--out", tmp_path, *RECIPE,
              "--cache-frozen", teacher.parent / "tokens"]
     run(distill, *flags)
-    assert [torch.load(tmp_path / name, weights_only=True)["step"]
-            for name in ("training_state.previous.pt", "training_state.pt")] == [77, 80]
     (tmp_path / "training_state.pt").write_bytes(b"cut short")
+    with pytest.raises(RunFailed, match="training_state.pt cannot be read.*delete it"):
+        run(distill, *flags)
+    (tmp_path / "training_state.pt").unlink()
     run(distill, *flags)
     assert_same_training(whole, tmp_path)
+
+
+def test_losses_may_be_read_late(teacher, whole, tmp_path, monkeypatch):
+    """As on a GPU, which is not waited for at every step: the same log, weights and states."""
+    init = distill.Log.__init__
+
+    def late(log, *args):
+        init(log, *args)
+        log.every = 20
+    monkeypatch.setattr(distill.Log, "__init__", late)
+    written = []
+    append = distill.append_json_lines
+    monkeypatch.setattr(distill, "append_json_lines", lambda path, *entries:
+                        written.append(len(entries)) or append(path, *entries))
+    run(distill, "--teacher", teacher, "--out", tmp_path, *RECIPE,
+        "--cache-frozen", teacher.parent / "tokens")
+    assert max(written) == 7 and sum(written) == 80  # every state is preceded by its losses
+    assert_same_training(whole, tmp_path)
+
+
+def test_an_overflow_of_tokens_is_told_before_the_loss_it_spoils(teacher, tmp_path, monkeypatch):
+    tokens = distill.frozen_tokens
+    monkeypatch.setattr(distill, "frozen_tokens", lambda *args: 1e6 * tokens(*args))
+    with pytest.raises(RunFailed, match="png are beyond 65504.*--cache-frozen off"):
+        run(distill, "--teacher", teacher, "--out", tmp_path / "spar", *RECIPE,
+            "--cache-frozen", tmp_path / "tokens")
 
 
 def test_two_processes_train_as_one_does_on_batches_of_two(fork, teacher, tmp_path):

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import common
-from common import (DinoTxt, RunFailed, WrongCall, embed_texts, load_backbone, load_checkpoint,
-                    segment)
+from common import DinoTxt, RunFailed, WrongCall, embed_texts, load_backbone, segment
 from conftest import MICRO
+from evaluate_ovs import load_checkpoint
 
 
 def shaken(backbone):
@@ -97,7 +97,8 @@ def write_folder(folder, vision, **config):
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = shaken(open_clip.create_model(f"local-dir:{folder}", load_weights=False))
+    model = shaken(open_clip.create_model(f"local-dir:{folder}", load_weights=False,
+                                          pretrained_text=False))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 
@@ -272,6 +273,83 @@ def test_student_folder_is_plain_open_clip(tower, micro, siglip, tmp_path):
     assert torch.equal(embed_texts(again, ["cat"]), embed_texts(teacher, ["cat"]))
 
 
+@pytest.fixture(scope="module")
+def two_text_towers(tmp_path_factory):
+    """Folders of a CoCa, whose text tower is followed by a decoder, and of a model whose text tower
+    is one of transformers: {name: (folder, what is asked of its text)}."""
+    from transformers import BertConfig
+    coca = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2,
+            "layers": 1, "embed_cls": True, "output_tokens": True}
+    decoder = {"context_length": 24, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1}
+    bert = tmp_path_factory.mktemp("bert")
+    BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+               intermediate_size=32).save_pretrained(bert)
+    hugging = {"hf_model_name": str(bert), "hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
+    pooled = NATIVE["coca"] | {"output_tokens": True}
+    return {"coca": write_folder(tmp_path_factory.mktemp("coca"), pooled, custom_text=True,
+                                 text_cfg=coca, multimodal_cfg=decoder),
+            "hugging face": write_folder(tmp_path_factory.mktemp("hf"), {}, text_cfg=hugging)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["coca", "hugging face"])
+def test_students_with_other_text_towers_come_back(name, two_text_towers, tmp_path):
+    """Loaded without text, trained, saved and loaded by open_clip: both towers as they were."""
+    source = two_text_towers[name]
+    student = shaken(load_backbone(source))
+    assert student.model is None
+    student.save(tmp_path)
+    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    before = open_clip.create_model(source).eval()
+    images, tokens = torch.randn(2, 3, 64, 64), torch.randint(1, 60, (2, 24))
+    saved = model.state_dict()
+    for key, value in student.visual.state_dict().items():
+        assert torch.equal(saved[f"visual.{key}"], value), key
+    texts = {key: value for key, value in before.state_dict().items()
+             if not key.startswith("visual.")}
+    assert texts and all(torch.equal(saved[key], value) for key, value in texts.items())
+    assert torch.equal(model.encode_text(tokens), before.encode_text(tokens))
+    assert not torch.equal(model.encode_image(images), before.encode_image(images))
+    again = load_backbone(tmp_path)
+    assert torch.equal(again.encode_dense(images), student.encode_dense(images))
+
+
+def test_random_init_of_a_hub_model_fetches_its_configuration_alone(tmp_path, monkeypatch):
+    """No weights are asked for, so none may be downloaded."""
+    fetched = []
+
+    def download(repository, filename=None, **_):
+        fetched.append((repository, filename))
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(MICRO))
+        return str(tmp_path / "open_clip_config.json")
+    for module in (open_clip.pretrained, open_clip.factory):
+        monkeypatch.setattr(module, "download_pretrained_from_hf", download)
+    assert load_backbone("hf-hub:nobody/micro", random_init=True).dim == 24
+    assert fetched == [("nobody/micro", "open_clip_config.json")]
+
+
+def test_a_student_is_saved_with_its_preprocessing(tmp_path):
+    """SigLIP's pictures are squashed to a square, not cropped, when plain open_clip embeds them."""
+    published = common.model_config("siglip2")["preprocess_cfg"]
+    assert published["resize_mode"] == "squash" and set(published) <= set(common.PREPROCESS)
+    source = write_folder(tmp_path / "source", {})
+    path = tmp_path / "source" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "squash", "interpolation": "bilinear"}
+    path.write_text(json.dumps(config))
+    load_backbone(source).save(tmp_path / "student")
+    saved = json.loads((tmp_path / "student" / "open_clip_config.json").read_text())
+    assert saved["preprocess_cfg"] == config["preprocess_cfg"]
+
+
+def test_library_code_speaks_python_and_a_stage_flags(capsys):
+    import time_inference
+    with pytest.raises(WrongCall, match="^`backbone` no-such-model: unknown"):
+        load_backbone("no-such-model")
+    with pytest.raises(WrongCall, match="^--backbone no-such-model: unknown"):
+        time_inference.main(time_inference.parse_args(["--backbone", "no-such-model"]))
+
+
 class Malicious:
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -414,7 +492,7 @@ def test_what_cannot_work_is_refused_with_its_reason():
                          ("swin_base_patch4_window7_224", "hierarchical"),
                          ("MobileCLIP-S1", "hierarchical"),
                          ("vit_relpos_medium_patch16_cls_224", "relative positions")):
-        with torch.device("meta"), pytest.raises(WrongCall, match=f"--backbone {name}: .*{reason}"):
+        with torch.device("meta"), pytest.raises(WrongCall, match=f"`backbone` {name}: .*{reason}"):
             load_backbone(name, random_init=True, device="meta")
 
 
@@ -482,7 +560,7 @@ def test_dinov3txt_segments_and_is_saved_as_its_public_code_loads_it(dinov3, tmp
 
 
 def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):
-    with pytest.raises(WrongCall, match="--dinov3-weights .*--hub-dir"):
+    with pytest.raises(WrongCall, match="`dinov3_weights` .*`hub_dir`"):
         load_backbone("dinov3txt")
     with pytest.raises(WrongCall, match="no such file"):
         load_backbone("dinov3txt", dinov3_weights=(tmp_path / "a.pth", tmp_path / "b.pth"))
@@ -494,5 +572,5 @@ def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):
         load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)
     (tmp_path / "dinov3").mkdir()
     (tmp_path / "dinov3" / "hubconf.py").touch()
-    with pytest.raises(RunFailed, match="public code cannot be used.*--hub-dir"):
+    with pytest.raises(RunFailed, match="public code cannot be used.*`hub_dir`"):
         load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import (PRESETS, RunFailed, apply_augmentation, list_images, plan_augmentation,
-                    planned_size, read_image, resize_image, resize_short_side)
+from common import (RunFailed, apply_augmentation, list_images, planned_size, read_image,
+                    resize_image)
+from data.benchmarks import Size, picture_size
+from extract_teacher import PRESETS, PUBLISHED, plan_augmentation
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def test_exif_rotation_is_undone(rgb, tmp_path):
     exif[0x0112] = 6  # shown after a quarter turn clockwise
     Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
     assert (read_image(tmp_path / "turned.png").permute(1, 2, 0).numpy() == np.rot90(rgb, -1)).all()
+    assert picture_size(tmp_path / "turned.png") == (30, 20)  # by the header alone
 
 
 def test_broken_files_are_named(rgb, tmp_path):
@@ -79,15 +82,39 @@ def test_resize_is_bilinear_between_pixel_centres():
 
     expected = np.einsum("ah,chw,bw->cab", axis(17, 40), image.numpy().astype(float), axis(23, 11))
     assert np.abs(resize_image(image, size).numpy() - expected).max() <= 0.5 + 1e-3
-    assert (resize_short_side(torch.zeros(3, 500, 333, dtype=torch.uint8), 672).shape
-            == (3, 1009, 672))
-    assert (resize_short_side(torch.zeros(3, 100, 1000, dtype=torch.uint8), 672).shape
-            == (3, 205, 2048))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_augmentation_keeps_its_promises(preset):
-    augmentation, seen = PRESETS[preset], {"crop": 0, "flip": 0, "whole": 0}
+@pytest.mark.parametrize("size, picture, expected, bounded", [
+    (Size(672), (500, 333), (1009, 672), False),
+    (Size(672), (333, 500), (672, 1009), False),
+    (Size(672), (100, 1000), (205, 2048), True),
+    (Size(64), (1, 4000), (1, 2048), True),
+    (Size(area=512), (100, 400), (256, 1024), False),
+    (Size(area=512), (64, 4096), (64, 4096), False),  # an area bounds no side
+    (Size(area=3), (1, 40), (1, 19), False),
+    (Size(), (77, 99), (77, 99), False),
+])
+def test_sizes_that_are_asked_for(size, picture, expected, bounded):
+    resized = size.resize(torch.zeros(3, *picture, dtype=torch.uint8))
+    assert resized.shape == (3, *expected) and size.scale(*picture)[1] == bounded
+
+
+def test_an_area_is_kept_within_rounding():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = (int(side) for side in rng.integers(40, 900, 2))
+        side = int(rng.integers(60, 700))
+        resized = Size(area=side).resize(torch.zeros(3, height, width, dtype=torch.uint8))
+        # sides of that area at the picture's ratio, each rounded by half a pixel at most
+        exact = side * (height / width) ** 0.5, side * (width / height) ** 0.5
+        assert all(abs(a - b) <= 0.5 + 1e-6 for a, b in zip(resized.shape[-2:], exact))
+        assert abs(resized[0].numel() - side ** 2) <= sum(resized.shape[-2:]) / 2 + 0.25
+
+
+@pytest.mark.parametrize("presets", [PUBLISHED, PRESETS["tiny"]], ids=["published", "tiny"])
+@pytest.mark.parametrize("preset", ["paper", "large"])
+def test_augmentation_keeps_its_promises(presets, preset):
+    augmentation, seen = presets[preset], {"crop": 0, "flip": 0, "whole": 0}
     rng = np.random.default_rng(0)
     for k in range(400):
         size = tuple(int(side) for side in rng.integers(60, 3000, 2))

@@ -6,9 +6,10 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 
-from common import Classes, RunFailed, WrongCall, bilinear_strips, label_map, read_classes
-from data.benchmarks import label_table, read_label_ids, to_classes
-from evaluate_ovs import confusion_matrix, scores
+from common import RunFailed, WrongCall, bilinear_strips
+from data.benchmarks import Classes, label_table, read_classes, read_label_ids, to_classes
+from data.scores import confusion_matrix, scores
+from evaluate_ovs import label_map
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,7 +47,7 @@ def test_class_lists(tmp_path):
     ("missing.txt", "no such file"),
 ])
 def test_bad_class_lists_are_refused(source, message):
-    with pytest.raises(WrongCall, match=message):
+    with pytest.raises(WrongCall, match=f"^`classes`.*{message}"):
         read_classes(source)
 
 
@@ -55,8 +56,8 @@ def test_a_class_is_as_similar_as_its_best_synonym():
     classes = Classes([["a"], ["b", "c", "d"], ["e", "f"]])
     expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
                             similarities[..., 4:].amax(-1)]).argmax(0)
-    assert torch.equal(
-        label_map(bilinear_strips(similarities, (20, 30)), (20, 30), classes), expected)
+    strip = bilinear_strips(similarities, (20, 30))
+    assert torch.equal(label_map(strip, (20, 30), classes.owner), expected)
 
 
 def test_masks_are_checked(tmp_path):

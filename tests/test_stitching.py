@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import Stitcher, WrongCall, check_window, cut_windows, stitched_features, window_starts
+from common import (Stitcher, WrongCall, check_window, cut_windows, encode_windows,
+                    stitched_features, window_starts)
+from evaluate_ovs import PixelStitcher
 
 
 def loop(maps, size, window, stride, cell, outputs):
@@ -43,29 +45,76 @@ SIZES = [(128, 128), (208, 304), (336, 144), (96, 240), (64, 80)]
 @pytest.mark.parametrize("stride", [8, 16, 17, 20, 24, 64, 128])
 def test_features_equal_the_loop(size, stride):
     window, patch = (128, 128), 16
-    cell = math.gcd(stride, patch)
     maps = random_maps(size, window, stride, patch)
-    outputs = [side // patch for side in size]
-    stitcher = Stitcher(size, window, stride, patch, cell, outputs)
+    stitcher = Stitcher.of_features(size, window, stride, patch)
     for part in maps.float().split(7):  # batches that end in the middle of a row of windows
         stitcher.add(part)
-    expected = loop(maps, size, window, stride, cell, outputs)
+    expected = loop(maps, size, window, stride, math.gcd(stride, patch),
+                    [side // patch for side in size])
     assert stitcher.result().shape == expected.shape
     assert (stitcher.result() - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("size, outputs", [
-    ((208, 304), (208, 304)),
-    ((208, 304), (150, 333)),
-    ((96, 240), (100, 251)),
-    ((64, 80), (64, 80)),
+def in_strips(strip, height, ends):
+    """(N, rows, W) of several strips that end at these rows, joined: (height, W, N)."""
+    ends = [0, *sorted(ends), height]
+    parts = [strip(first, last) for first, last in zip(ends, ends[1:])]
+    assert [part.shape[1] for part in parts] == [b - a for a, b in zip(ends, ends[1:])]
+    return torch.cat(parts, 1).permute(1, 2, 0)
+
+
+def tolerance(maps, size, window, stride, outputs):
+    """1e-5, and where columns are resized as much again as torch's rounding of their coordinates to
+    float32 can move a value: 2^-23 of the width, times the steepest step between two pixels."""
+    if outputs[1] == size[1]:
+        return 1e-5
+    steps = loop(maps, size, window, stride, 1, size).diff(dim=1).abs().max().item()
+    return 1e-5 + 2 ** -23 * size[1] * steps
+
+
+# cells of the input, of which one side or both may be under the window's, and pixels of the output,
+# None for as many as the input's
+@pytest.mark.parametrize("grid, outputs", [
+    ((13, 19), (None, None)),
+    ((13, 19), (150, None)),
+    ((13, 19), (150, 333)),
+    ((6, 15), (100, 251)),
+    ((4, 5), (None, None)),
 ])
-@pytest.mark.parametrize("stride", [24, 56, 128])
-def test_similarities_at_pixel_resolution_equal_the_loop(size, outputs, stride):
-    maps = random_maps(size, (128, 128), stride, 16)
-    stitcher = Stitcher(size, (128, 128), stride, 16, 1, outputs)
+@pytest.mark.parametrize("stride", [8, 12, 17, 20, 24, 56, 128])
+@pytest.mark.parametrize("patch, side", [(16, 128), (14, 140)])
+def test_similarities_at_pixel_resolution_equal_the_loop(grid, outputs, stride, patch, side):
+    size, window = tuple(patch * cells for cells in grid), (side, side)
+    outputs = tuple(asked or own for asked, own in zip(outputs, size))
+    maps = random_maps(size, window, stride, patch)
+    stitcher = PixelStitcher(size, window, stride, patch)
+    for part in maps.float().split(7):
+        stitcher.add(part)
+    strip = stitcher.strips(outputs)
+    whole = strip(0, outputs[0]).permute(1, 2, 0)
+    assert whole.shape == (*outputs, maps.shape[-1])
+    expected = loop(maps, size, window, stride, 1, outputs)
+    assert (whole - expected).abs().max() < tolerance(maps, size, window, stride, outputs)
+    anywhere = torch.randperm(outputs[0] - 1)[:5] + 1
+    for ends in ([1, outputs[0] - 1], anywhere.tolist(), range(1, outputs[0])):
+        assert (in_strips(strip, outputs[0], ends) - whole).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("stride, patch, share", [
+    (24, 16, 16),  # pieces of 8 pixels along each axis, two of which are held
+    (128, 16, 16),
+    (20, 16, 4),
+    (12, 16, 4),
+    (17, 16, 1),
+    (56, 14, 12.25),  # of 7 pixels
+    (24, 14, 1),
+])
+def test_only_the_ends_of_linear_pieces_are_held(stride, patch, share):
+    size, window = (13 * patch, 19 * patch), (10 * patch, 10 * patch)
+    maps = random_maps(size, window, stride, patch)
+    stitcher = PixelStitcher(size, window, stride, patch)
     stitcher.add(maps.float())
-    assert (stitcher.result() - loop(maps, size, (128, 128), stride, 1, outputs)).abs().max() < 1e-5
+    assert stitcher.result().numel() * share == math.prod(size) * maps.shape[-1]
 
 
 @pytest.mark.parametrize("size, window, stride", [
@@ -78,30 +127,48 @@ def test_similarities_at_pixel_resolution_equal_the_loop(size, outputs, stride):
     ((160, 208), 512, 24),
 ])
 def test_similarities_of_the_published_windows_equal_the_loop(size, window, stride):
-    maps, outputs = (random_maps(size, (window, window), stride, 16, 2),
-                     (size[0] * 3 // 4, size[1] * 3 // 4 + 1))
-    stitcher = Stitcher(size, (window, window), stride, 16, 1, outputs)
+    window = window, window
+    maps = random_maps(size, window, stride, 16, 2)
+    stitcher = PixelStitcher(size, window, stride, 16)
     stitcher.add(maps.float())
-    assert (stitcher.result()
-            - loop(maps, size, (window, window), stride, 1, outputs)).abs().max() < 1e-5
+    for outputs in (size, (size[0] * 3 // 4, size[1]), (size[0] * 3 // 4, size[1] * 3 // 4 + 1)):
+        joined = in_strips(stitcher.strips(outputs), outputs[0], range(50, outputs[0], 50))
+        assert ((joined - loop(maps, size, window, stride, 1, outputs)).abs().max()
+                < tolerance(maps, size, window, stride, outputs))
 
 
-def test_rectangular_window():
-    maps = random_maps((208, 304), (64, 96), 24, 16)
-    stitcher = Stitcher((208, 304), (64, 96), 24, 16, 8, (13, 19))
-    stitcher.add(maps.float())
-    assert (stitcher.result()
-            - loop(maps, (208, 304), (64, 96), 24, 8, (13, 19))).abs().max() < 1e-5
+@pytest.mark.parametrize("stride", [20, 24])
+def test_rectangular_window(stride):
+    size, window = (208, 304), (64, 96)
+    maps = random_maps(size, window, stride, 16)
+    stitcher, pixels = (kind(size, window, stride, 16)
+                        for kind in (Stitcher.of_features, PixelStitcher))
+    for each in (stitcher, pixels):
+        each.add(maps.float())
+    expected = loop(maps, size, window, stride, math.gcd(stride, 16), (13, 19))
+    assert (stitcher.result() - expected).abs().max() < 1e-5
+    joined = in_strips(pixels.strips(size), size[0], [100])
+    assert (joined - loop(maps, size, window, stride, 1, size)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("stride", [8, 17, 24, 64])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_constant_map_stays_constant(size, stride):
     maps = torch.ones_like(random_maps(size, (128, 128), stride, 16, 1))
-    for cell, outputs in ((math.gcd(stride, 16), [side // 16 for side in size]), (1, size)):
-        stitcher = Stitcher(size, (128, 128), stride, 16, cell, outputs)
-        stitcher.add(maps.float())
-        assert (stitcher.result() - 1).abs().max() < 1e-6
+    stitcher, pixels = (kind(size, (128, 128), stride, 16)
+                        for kind in (Stitcher.of_features, PixelStitcher))
+    for each in (stitcher, pixels):
+        each.add(maps.float())
+    for joined in (stitcher.result(), pixels.strips(size)(0, size[0])):
+        assert (joined - 1).abs().max() < 1e-6
+
+
+def test_no_window_may_be_missing():
+    for kind in (Stitcher.of_features, PixelStitcher):
+        stitcher = kind((128, 128), (64, 64), 32, 16)
+        stitcher.add(torch.ones(8, 4, 4, 2))
+        with pytest.raises(AssertionError, match="missing"):
+            stitcher.result()
 
 
 def test_windows_cover_every_pixel_and_end_at_the_border():
@@ -125,8 +192,9 @@ def test_windows_are_views():
 @torch.no_grad()
 def test_one_window_equals_a_plain_forward_pass(backbone):
     image = torch.randn(3, 64, 64)
-    assert torch.equal(stitched_features(backbone, [image], (64, 64), 64)[0],
-                       backbone.encode_dense(image[None])[0])
+    plain = backbone.encode_dense(image[None])[0]
+    for stride in (64, 0):  # 0 is the single pass
+        assert torch.equal(stitched_features(backbone, image, (64, 64), stride), plain)
 
 
 @torch.no_grad()
@@ -139,18 +207,22 @@ def test_one_window_at_stride_24_is_the_known_filter(backbone):
     kernel = (taps[:, None] * taps).expand(plain.shape[1], 1, 3, 3)
     expected = F.conv2d(F.pad(plain, (1, 1, 1, 1), mode="replicate"), kernel,
                         groups=plain.shape[1])[0].permute(1, 2, 0)
-    assert torch.allclose(stitched_features(backbone, [image], (64, 64), 24)[0], expected,
-                          atol=1e-5)
+    assert torch.allclose(stitched_features(backbone, image, (64, 64), 24), expected, atol=1e-5)
 
 
 @torch.no_grad()
-def test_batches_across_images_change_nothing(backbone):
-    images = [torch.randn(3, *size) for size in ((96, 128), (64, 64), (48, 160), (112, 80))]
-    together = stitched_features(backbone, images, (64, 64), 24, batch_size=5)
-    for image, features in zip(images, together):
-        alone = torch.stack([backbone.encode_dense(view[None])[0]
-                             for view in cut_windows(image, (64, 64), 24)]).double()
-        expected = loop(alone, image.shape[-2:], (64, 64), 24, 8, backbone.grid(image))
+@pytest.mark.parametrize("size", [(96, 128), (64, 64), (48, 160), (112, 80)])
+def test_batches_change_nothing(backbone, size):
+    image = torch.randn(3, *size)
+    windows = cut_windows(image, (64, 64), 24)
+    alone = torch.stack([backbone.encode_dense(view[None])[0] for view in windows])
+    expected = loop(alone.double(), size, (64, 64), 24, 8, backbone.grid(image))
+    for most in (1, 5, 60):
+        batches = list(encode_windows(backbone, image, (64, 64), 24, batch_size=most))
+        assert (torch.cat(batches) - alone).abs().max() < 1e-5
+        assert (max(map(len, batches)) <= most
+                and len(batches) == math.ceil(len(windows) / most))
+        features = stitched_features(backbone, image, (64, 64), 24, batch_size=most)
         assert (features - expected).abs().max() < 1e-5
 
 
@@ -161,5 +233,5 @@ def test_batches_across_images_change_nothing(backbone):
     ((64, 64), -3),
 ])
 def test_impossible_windows_are_refused(window, stride):
-    with pytest.raises(WrongCall, match="--window|--stride"):
+    with pytest.raises(WrongCall, match="`window`|`stride`"):
         check_window(window, stride, 16)
