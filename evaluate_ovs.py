@@ -57,10 +57,8 @@ def parse_args(argv=None):
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
         "pre-trained sliding window and student in one table (default: on for the demo)")
     add = parser.add_argument_group("on what").add_argument
-    add("--dataset", choices=["demo", "voc21", "voc20", "cityscapes", "ade20k", "context60",
-                              "context59", "all"], metavar="NAME",
-        help="demo (default, unless --images is given), voc21, voc20, cityscapes, ade20k, "
-        "context60, context59, or all six benchmarks")
+    add("--dataset", metavar="NAME", help="demo (default, unless --images is given), voc21, voc20, "
+        "cityscapes, ade20k, context60, context59, or all six benchmarks")
     add("--data-root", default="data", metavar="DIR", help="the folder of the benchmarks: "
         "DIR/VOCdevkit/VOC2012, DIR/cityscapes ... (%(default)s)")
     add("--check-data", action="store_true",
@@ -907,6 +905,9 @@ def open_datasets(args):
             raise WrongCall(f"--{flag} goes with --images")
     if args.dataset in (None, "demo"):
         return [demo_pictures(args.classes, args.limit)]
+    if args.dataset not in ("all", *BENCHMARKS):
+        raise WrongCall(f"--dataset {args.dataset}: unknown; known are demo, all, "
+                        f"{', '.join(BENCHMARKS)}")
     if args.classes and args.dataset == "all":
         raise WrongCall("--classes renames the classes of one --dataset, not of all")
     return [open_benchmark(name, args.data_root, args.classes, args.limit)
