@@ -49,11 +49,11 @@ def parse_args(argv=None):
         "(default: 1e-4; tiny 0.1)")
     add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default: "
         "one a process, as in the paper; tiny 4)")
-    add("--loss", choices=["feature", "similarity"], default="feature", help="what should agree "
-        "with the teacher: features (%(default)s), or their cosines with the names of --classes, "
-        "which favours the domain of those names")
+    add("--loss", choices=["feature", "similarity"], dest="loss_of", help="what should agree with "
+        "the teacher: features (default), or their cosines with the names of --classes, which "
+        "favours the domain of those names")
     add("--classes", metavar="FILE",
-        help="for --loss similarity: one class a line, synonyms separated by commas")
+        help="names for --loss similarity: one class a line, synonyms separated by commas")
     add("--random-scale", type=float, nargs=2, metavar=("LO", "HI"), help="show the student every "
         "image rescaled by a random factor (0.5 2, say) that is new in each epoch; with features "
         "of --stride 0 this is the paper's multi-resolution distillation")
@@ -114,6 +114,7 @@ class Recipe:
     schedule: str = "constant"
     weight_decay: float = 1e-4
     batch_size: int = 1  # images a step, over all processes
+    loss_of: str = "feature"
     random_scale: list | None = None  # (lowest, highest) factor
     seed: int = 0
 
@@ -403,14 +404,14 @@ def student_features(student, sample, first, cache=None):
     return student.project(student.run_blocks(tokens, grid, start=first), grid)[0]
 
 
-def distillation_loss(features, target, texts=None):
-    """Mean squared error between maps, or between their cosines with texts (N, D), in float32:
-    (h', w', D), (h, w, D) -> scalar."""
+def distillation_loss(features, target, kind="feature", texts=None):
+    """Mean squared error between maps, or ("similarity") between their cosines with texts (N, D),
+    in float32: (h', w', D), (h, w, D) -> scalar."""
     features, target = features.float(), target.float()
     if features.shape != target.shape:  # --random-scale
         features = F.interpolate(features.permute(2, 0, 1)[None], size=target.shape[:2],
                                  mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-    if texts is not None:
+    if kind == "similarity":
         features, target = (F.normalize(map_, dim=-1) @ texts.T for map_ in (features, target))
     return F.mse_loss(features, target)
 
@@ -615,7 +616,8 @@ def train(trainer, sampler, recipe, log, texts=None, save_every=500):
                 total = torch.zeros((), device=trainer.runtime.device)
                 for sample in batch:
                     features = trainer.features(sample)  # (h, w, D)
-                    loss = distillation_loss(features, sample.target, texts) / recipe.batch_size
+                    loss = distillation_loss(features, sample.target, recipe.loss_of, texts)
+                    loss = loss / recipe.batch_size
                     trainer.backward(loss)
                     total += loss.detach()
                 log.add(trainer.update(rate, total, bool(signals)), epoch, rate)
@@ -644,7 +646,7 @@ def load_student(teacher, device, text):
 @speaks_flags
 def main(args):
     teacher, out = Teacher(args.teacher), Path(args.out)
-    if (args.loss == "similarity") != (args.classes is not None):
+    if (args.loss_of == "similarity") != (args.classes is not None):
         raise WrongCall("--loss similarity and --classes FILE go together")
     classes = read_classes(args.classes) if args.classes is not None else None
     runtime = start_runtime(args.device, args.precision, args.seed)
@@ -658,7 +660,7 @@ def main(args):
     blocks = args.train_blocks or (None if first is None else "2")
     settings = dataclasses.asdict(recipe) | {
         "teacher": teacher.settings, "maps": len(teacher.entries), "train_blocks": blocks,
-        "train_only": args.train_only, "loss_of": args.loss, "classes": classes and classes.names,
+        "train_only": args.train_only, "classes": classes and classes.names,
         "precision": runtime.precision, "processes": runtime.world}
     if runtime.rank == 0:
         begin(out, settings, parameters, cache, reason, must=args.cache_frozen != "auto")

@@ -158,7 +158,8 @@ def test_similarity_loss(teacher, backbone, tmp_path):
     naive = sum((F.cosine_similarity(features[i, j], texts[n], dim=0)
                  - F.cosine_similarity(target[i, j], texts[n], dim=0)) ** 2
                 for i in range(3) for j in range(5) for n in range(7)) / 105
-    loss = distill.distillation_loss(features, target, F.normalize(texts, dim=-1))
+    loss = distill.distillation_loss(features, target, "similarity",
+                                     F.normalize(texts, dim=-1))
     assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
     (tmp_path / "classes.txt").write_text("cat\ngrass, lawn\nsky\n")
     run(distill, "--teacher", teacher, "--out", tmp_path / "spar", "--epochs", 3, "--lr", 1e-3,
