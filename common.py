@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -50,13 +51,42 @@ class RunFailed(Exception):
     """The call is right but the run cannot go on (a bad file, a full disk); exit code 1."""
 
 
+# lowest and highest value of flags, whichever stage has them; all numbers must be finite
+RANGES = {
+    **dict.fromkeys(["limit", "versions", "batch_size", "workers", "save_every", "window", "epochs",
+                     "long_side", "min_side", "short_side", "area", "lposs_k", "lposs_steps",
+                     "lposs_reach", "repeats"], (1, 10 ** 9)),
+    **dict.fromkeys(["stride", "strides", "warmup"], (0, 10 ** 9)),
+    **dict.fromkeys(["crop_prob", "flip_prob"], (0, 1)),
+    **dict.fromkeys(["ratio", "random_scale"], (1e-6, 1000)),
+    "seed": (0, 2 ** 63 - 1), "lr": (1e-12, 1e30), "weight_decay": (0, 1000),
+}
+
+
+def check_values(args):
+    """Raise WrongCall for an empty text, a number that is not finite, or one out of its range."""
+    for name, value in vars(args).items():
+        flag, (low, high) = "--" + name.replace("_", "-"), RANGES.get(name, (-math.inf, math.inf))
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(each, str) and not each.strip():
+                raise WrongCall(f"{flag}: an empty text; give a value, or leave the flag out")
+            if isinstance(each, bool) or not isinstance(each, (int, float)):
+                continue
+            if not math.isfinite(each):
+                raise WrongCall(f"{flag} {each}: must be a finite number")
+            if not low <= each <= high:
+                bound = f"at least {low:g}" if each < low else f"at most {high:g}"
+                raise WrongCall(f"{flag} {each}: must be {bound}")
+
+
 def speaks_flags(main):
-    """Decorator of a stage's main: what library code says of a parameter, `batch_size`, is said of
-    the flag, --batch-size."""
+    """Decorator of a stage's main, which checks the flags' values; and what library code says of a
+    parameter, `batch_size`, is said of the flag, --batch-size."""
     @functools.wraps(main)
-    def stage(*args):
+    def stage(args):
+        check_values(args)
         try:
-            return main(*args)
+            return main(args)
         except (WrongCall, RunFailed) as error:
             text = re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), str(error))
             raise type(error)(text) from error
@@ -78,14 +108,24 @@ def command_line(main, *args):
         code = 130
         if os.environ.get("RANK", "0") == "0":
             report(f"interrupted; continue with: {this_command()}", code)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as error:
         code = report(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except torch.OutOfMemoryError as error:
-        code = report(f"the device is out of memory ({first_line(error)}); "
-                      "a smaller --batch-size needs less", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        code = report(f"out of memory ({first_line(error)[:120]}); a smaller --batch-size, smaller "
+                      "pictures or --precision bf16 need less", 1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)
+
+
+def is_out_of_memory(error):
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))
 
 
 def report(error, code):
@@ -116,13 +156,18 @@ def atomic_path(path, writer=""):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the same name each time, so that a killed run's remains are overwritten
-    temporary = path.with_name(f".tmp-{writer}{path.name}")
+    # the same name each time, so that a killed run's remains are overwritten; a file system takes
+    # 255 bytes
+    name = os.fsencode(f".tmp-{writer}{path.name}")
+    if len(name) > 255:
+        name = name[:200] + hashlib.sha256(name).hexdigest()[:16].encode()
+    temporary = path.with_name(os.fsdecode(name))
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~UMASK)  # safetensors would leave it to its owner alone
+        with contextlib.suppress(PermissionError):  # vfat has no modes
+            temporary.chmod(0o666 & ~UMASK)  # safetensors would leave it to its owner alone
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -137,26 +182,30 @@ def write_json(path, value, writer=""):
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path, made_by):
-    """A JSON file that a stage wrote. Raises RunFailed, naming the command that makes it."""
+def read_json(path, made_by, keys=()):
+    """A JSON object that a stage wrote. Raises RunFailed, naming the command that makes it, also
+    where it lacks one of the keys."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict) or not set(keys) <= value.keys():
+            raise ValueError(f"no object with {', '.join(keys) or 'keys'}")
+        return value
     except FileNotFoundError:
         raise RunFailed(f"{path} does not exist; {made_by} makes it") from None
     except (ValueError, IsADirectoryError, NotADirectoryError) as error:
         raise RunFailed(f"{path} is not readable JSON ({error}); {made_by} makes it anew") from None
 
 
-def read_json_lines(path):
-    """The entries of a .jsonl file, without lines that an interruption cut short: a list (empty
-    without the file)."""
+def read_json_lines(path, *keys):
+    """The objects in a .jsonl file that have all of the keys, without lines that an interruption
+    cut short: a list (empty without the file)."""
     if not Path(path).exists():
         return []
     entries = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return entries
+    return [each for each in entries if isinstance(each, dict) and set(keys) <= each.keys()]
 
 
 def write_json_lines(path, entries, writer=""):
@@ -166,17 +215,55 @@ def write_json_lines(path, entries, writer=""):
 
 def append_json_lines(path, *entries):
     """Add lines in a single write, so that processes sharing the file do not mix theirs."""
-    with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            if file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written ({error.strerror or error}); what was "
+                        "finished is kept, and the same command continues") from error
 
 
 def read_index(folder):
     """What extract_teacher.py made: the entries of index.jsonl and of the index-*.jsonl of its
-    separate writers, one a map, in order."""
-    entries = [entry for path in sorted(Path(folder).glob("index*.jsonl"))
-               for entry in read_json_lines(path)]
-    entries = {(entry["image"], entry["version"]): entry for entry in entries}
+    separate writers, one a map, in order. Raises RunFailed for one that no stage wrote."""
+    keys = ("image", "version", "file", "resize", "crop", "flip", "grid")
+    entries = {}
+    for path in sorted(Path(folder).glob("index*.jsonl")):
+        for entry in read_json_lines(path, *keys):
+            try:
+                parts = [*Path(entry["image"]).parts, *Path(entry["file"]).parts]
+                numbers = [*entry["resize"], *(entry["crop"] or ()), *entry["grid"]]
+                fine = (".." not in parts and not {"/", "\\"} & {part[0] for part in parts}
+                        and entry["file"].startswith("features/") and int(entry["version"]) >= 0
+                        and len(entry["grid"]) == len(entry["resize"]) == 2
+                        and all(isinstance(number, int) and number >= 0 for number in numbers))
+            except (TypeError, ValueError):
+                fine = False
+            if not fine:
+                raise RunFailed(f"{path}: the line {json.dumps(entry)[:200]} is none that "
+                                "extract_teacher.py wrote; delete it, and run that again")
+            entries[entry["image"], entry["version"]] = entry
     return [entries[key] for key in sorted(entries)]
+
+
+def file_state(path):
+    """By which a picture is known again: its size and date, and a digest of its bytes."""
+    stat = os.stat(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {"stat": [stat.st_size, stat.st_mtime_ns], "digest": digest}
+
+
+def is_unchanged(path, state):
+    """Whether a file is still what file_state told; it is read only where its date has changed."""
+    if not os.path.isfile(path):
+        return False
+    stat = os.stat(path)
+    if "stat" not in state or [stat.st_size, stat.st_mtime_ns] == state["stat"]:
+        return True
+    return stat.st_size == state["stat"][0] and file_state(path)["digest"] == state["digest"]
 
 
 def free_bytes(folder):
@@ -199,14 +286,22 @@ def require_same_settings(path, settings, free=(), flag="--out", writer=""):
     path: the JSON file of the settings. free: keys that may differ (library versions, say).
     flag: what names the folder. Raises WrongCall.
     """
-    if not Path(path).exists():
-        write_json(path, settings, writer)
-        return
+    path = Path(path)
+    if not path.exists():
+        mine = path.with_name(f".tmp-{writer}{os.getpid()}-{path.name}")
+        write_json(mine, settings)
+        try:
+            os.link(mine, path)  # unlike a replacement, only one of several first runs succeeds
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(mine, path)
+        mine.unlink(missing_ok=True)
     before = read_json(path, "an earlier run")
     changes = [f"{key} was {before.get(key)!r} and is now {settings[key]!r}"
                for key in settings if key not in free and before.get(key) != settings[key]]
     if changes:
-        raise WrongCall(f"{Path(path).parent} was made with other settings: {', '.join(changes)}. "
+        raise WrongCall(f"{path.parent} was made with other settings: {', '.join(changes)}. "
                         f"Give another {flag}, or delete that folder")
 
 
@@ -271,7 +366,7 @@ def start_runtime(device="auto", precision="auto", seed=0):
         device = f"cuda:{local % torch.cuda.device_count()}" if on_gpu else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # fails on meta, too
     except (RuntimeError, AssertionError) as error:
         raise WrongCall(f"`device` {device}: {first_line(error)}") from None
     if precision == "auto":
@@ -366,7 +461,15 @@ def read_image(path):
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many types for damaged pixels and metadata
+        raise_unless_the_files_fault(error)
         raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
+
+
+def raise_unless_the_files_fault(error):
+    """Raise an error again that a good file would have met as well."""
+    if is_out_of_memory(error) or getattr(error, "errno", None) in (
+            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+        raise error
 
 
 def resize_image(image, size):
@@ -528,6 +631,10 @@ class Backbone(nn.Module):
         grid = self.grid(images)
         return self.project(self.run_blocks(self.embed(images), grid), grid)
 
+    @property
+    def has_own_tokenizer(self):
+        return bool(self.config["text_cfg"].get("hf_tokenizer_name"))
+
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer that the model was trained with. Raises RunFailed where its files are
@@ -536,8 +643,9 @@ class Backbone(nn.Module):
         name = self.source["name"]
         architecture, tag = resolve_backbone(name)
         try:
+            own = {"trust_remote_code": False} if self.has_own_tokenizer else {}
             with quiet_open_clip():
-                tokenizer = open_clip.get_tokenizer(architecture)
+                tokenizer = open_clip.get_tokenizer(architecture, **own)
         except Exception as error:  # transformers raises many types here
             raise RunFailed(f"the tokenizer of `backbone` {name} cannot be loaded: "
                             f"{first_line(error)}. {offline_advice(architecture, tag)}") from error
@@ -567,7 +675,7 @@ class Backbone(nn.Module):
         """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer
         where it is the model's own. Returns how to load it."""
         save_open_clip(self.both_towers(), self.config, folder)
-        if self.config["text_cfg"].get("hf_tokenizer_name"):
+        if self.has_own_tokenizer:
             try:
                 self.tokenizer.tokenizer.save_pretrained(folder)
             except RunFailed as error:
@@ -885,9 +993,12 @@ def model_config(name):
         path = Path(place) / "open_clip_config.json"
         if architecture.startswith("hf-hub:"):
             path = download_pretrained_from_hf(place, "open_clip_config.json")
-        config = read_json(path, "open_clip")
+        config = read_json(path, "open_clip", ["model_cfg"])
         # of NaFlex towers; newer than open_clip 3.3
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)
+        if "trust_remote_code" in json.dumps(config):
+            raise RunFailed(f"{path} asks to run Python code of its own (trust_remote_code), which "
+                            "is not done; take that out if the model works without")
         return config
     model = open_clip.get_model_config(architecture)
     if uses_quick_gelu(architecture, tag):
@@ -1094,10 +1205,14 @@ def load_strictly(module, tensors, source):
 
 
 def save_tensors(model, path, header=None):
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(first_line(error)) from error
 
 
 def save_open_clip(model, config, folder):
@@ -1299,8 +1414,11 @@ def open_features(path):
         features = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise RunFailed(f"{path} does not exist; run extract_teacher.py again") from None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # numpy raises many types for a damaged header
+        raise_unless_the_files_fault(error)
         raise RunFailed(f"{path} is no whole .npy file ({error}); {remake}") from None
+    if not isinstance(features, np.ndarray):
+        raise RunFailed(f"{path} is a zip file, no .npy file; {remake}")
     if features.ndim != 3 or features.dtype != np.float16:
         raise RunFailed(f"{path} holds {features.dtype} of shape {features.shape} instead of "
                         f"float16 (h, w, D); {remake}")

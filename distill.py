@@ -59,6 +59,7 @@ def parse_args(argv=None):
         "of --stride 0 this is the paper's multi-resolution distillation")
     add("--seed", type=int, default=0,
         help="of the order of the pictures and of --random-scale (%(default)s)")
+    add("--partial", action="store_true", help="train on an extraction that is not finished")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--cache-frozen", default="auto", metavar="{auto,off,DIR}", help="keep what enters the "
         "first trained block, float16, so that later epochs neither decode pictures nor run frozen "
@@ -79,6 +80,7 @@ if __name__ == "__main__":  # before torch's import, so that --help and a wrong 
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -94,13 +96,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, command_line, embed_texts, first_line, free_bytes, load_backbone,
-                    nearest_multiple, open_features, planned_size, prefetch, read_image, read_index,
-                    read_json, read_json_lines, require_room, require_same_settings, resize_image,
-                    speaks_flags, start_runtime, weights_hash, write_json, write_json_lines)
+                    atomic_path, command_line, embed_texts, first_line, free_bytes, is_unchanged,
+                    load_backbone, nearest_multiple, open_features, planned_size, prefetch,
+                    read_image, read_index, read_json, read_json_lines, require_room,
+                    require_same_settings, resize_image, speaks_flags, start_runtime, weights_hash,
+                    write_json, write_json_lines)
 from data.benchmarks import read_classes
 
 STATE = "training_state.pt"
+LOGGED = ("step", "epoch", "loss", "lr", "seconds")
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -130,12 +134,9 @@ def choose_recipe(backbone, overrides, world=1):
     share = math.ceil(recipe.batch_size / world)
     given = {name: value for name, value in overrides.items() if value is not None}
     recipe = dataclasses.replace(recipe, **({"batch_size": share * world} | given))
-    if recipe.epochs < 1 or not recipe.lr > 0 or not recipe.weight_decay >= 0:
-        raise WrongCall("--epochs must be at least 1, --lr greater than 0, and --weight-decay at "
-                        "least 0")
-    if recipe.random_scale and not 0 < recipe.random_scale[0] <= recipe.random_scale[1]:
-        raise WrongCall("--random-scale needs 0 < LO <= HI")
-    if recipe.batch_size < 1 or recipe.batch_size % world:
+    if recipe.random_scale and recipe.random_scale[0] > recipe.random_scale[1]:
+        raise WrongCall("--random-scale needs LO <= HI")
+    if recipe.batch_size % world:
         raise WrongCall(f"--batch-size {recipe.batch_size}: must be a multiple of the number of "
                         f"processes, {world}")
     return recipe
@@ -157,16 +158,35 @@ class Teacher:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.settings = read_json(self.folder / "teacher.json", "extract_teacher.py")
+        self.settings = read_json(self.folder / "teacher.json", "extract_teacher.py", (
+            "backbone", "random_init", "weights", "images", "patch", "dim"))
         self.entries = read_index(self.folder)
         self.patch = self.settings["patch"]
+        if not all(isinstance(self.settings[key], int) and self.settings[key] > 0
+                   for key in ("patch", "dim")):
+            raise RunFailed(f"{self.folder / 'teacher.json'}: patch and dim must be whole numbers")
         if not self.entries:
             raise RunFailed(f"{self.folder / 'index.jsonl'} lists no features; run "
                             "extract_teacher.py first")
 
+    def require_whole(self):
+        """Raise RunFailed if maps are still to be made, which would be missing without a word."""
+        planned = self.folder / "planned.json"
+        if not planned.exists():
+            return
+        planned = read_json(planned, "extract_teacher.py", ["maps"])["maps"]
+        failed = read_json_lines(self.folder / "failures.jsonl", "image", "version", "error")
+        if len(self.entries) + len(failed) < planned:
+            raise RunFailed(f"{self.folder} has {len(self.entries)} of {planned} maps; the "
+                            "extract_teacher.py command that began it makes the others, or give "
+                            "--partial to train on these")
+
     def image(self, entry, factor=1.0):
         """The augmented picture, rescaled by a factor: (3, H, W) uint8."""
         path = Path(self.settings["images"]) / entry["image"]
+        if not is_unchanged(path, entry):
+            wrong = "has changed since its features were made" if path.exists() else "no such file"
+            raise RunFailed(f"{path}: {wrong}; run extract_teacher.py again, as before")
         image = apply_augmentation(read_image(path), entry)
         if factor == 1:
             return image
@@ -282,9 +302,12 @@ class FrozenTokens:
         """(n, C) float16, or None if it is not there yet, or not whole."""
         try:
             tokens = np.load(self.path(entry), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # numpy raises many types for a damaged header
             return None
-        whole = tokens.dtype == np.float16 and tokens.nbytes + 128 == self.bytes(entry)
+        height, width = entry["grid"]
+        whole = (isinstance(tokens, np.ndarray) and tokens.dtype == np.float16
+                 and tokens.shape == (height * width + self.extra, self.width)
+                 and np.isfinite(tokens).all())
         return torch.from_numpy(tokens) if whole else None
 
     def keep(self, entry, tokens):
@@ -302,7 +325,6 @@ class FrozenTokens:
         writer = f"{platform.node()}-{os.getpid()}-"
         with atomic_path(self.path(entry), writer) as temporary, open(temporary, "wb") as file:
             np.save(file, tokens)
-
 
     def decide(self, must, earlier, epochs):
         """Whether tokens are kept, which is said with what they need and have. Raises RunFailed
@@ -347,8 +369,9 @@ def plan_cache(where, student, first, teacher, runtime, random_scale=None):
     largest = tokens.abs().max().item()
     if where == "auto" and largest > FLOAT16_MAX / 4:
         return None, f"its tokens reach {largest:g}, too close to the end of float16"
-    keys = ("file", "resize", "crop", "flip", "grid")
-    plans = json.dumps([[entry[key] for key in keys] for entry in teacher.entries])
+    keys = ("file", "resize", "crop", "flip", "grid", "digest")
+    plans = json.dumps([teacher.settings["images"], *([entry.get(key) for key in keys]
+                                                      for entry in teacher.entries)])
     settings = {"backbone": teacher.settings["backbone"], "weights": teacher.settings["weights"],
                 "first_block": first, "precision": runtime.precision,
                 "images": hashlib.sha256(plans.encode()).hexdigest()}
@@ -488,7 +511,14 @@ class Trainer:
             gradient.copy_(summed.view_as(gradient))
         return values
 
+    def require_finite(self):
+        """Raise RunFailed for parameters that an update has spoilt."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters):
+            raise RunFailed(f"a parameter is not finite after step {self.step}; the last good "
+                            "state is kept. Start again with a lower --lr, in another --out")
+
     def save(self, path):
+        self.require_finite()
         state = {"step": self.step, "parameters": [p.detach() for p in self.parameters],
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                  "scaler": self.scaler.state_dict()}
@@ -505,15 +535,17 @@ class Trainer:
             return
         try:
             state = torch.load(path, map_location=self.runtime.device, weights_only=True)
+            for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
+                if parameter.shape != stored.shape:
+                    raise ValueError("parameters of other shapes")
+                parameter.copy_(stored)
+            for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(stored)
+            self.scaler.load_state_dict(state["scaler"])
+            self.step = int(state["step"])
         except Exception as error:  # torch raises many types for a damaged file
-            raise RunFailed(f"{path} cannot be read ({type(error).__name__}); delete it to start "
-                            "this training again") from None
-        for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
-            parameter.copy_(stored)
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+            raise RunFailed(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                            "delete it to start this training again") from None
 
 
 # ---- log and signals -----------------------------------------------------------------------------
@@ -527,7 +559,7 @@ class Log:
         self.first_process = trainer.runtime.rank == 0
         self.pending, self.started, self.plotted, before = [], time.time(), time.time(), []
         if self.first_process:
-            before = [entry for entry in read_json_lines(self.path)
+            before = [entry for entry in read_json_lines(self.path, *LOGGED)
                       if entry["step"] <= trainer.step]
             write_json_lines(self.path, before)
         self.seconds = before[-1]["seconds"] if before else 0.0
@@ -577,13 +609,16 @@ class Log:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         self.plotted = time.time()
-        curve = np.array([(entry["step"], entry["loss"]) for entry in read_json_lines(self.path)])
+        curve = np.array([(entry["step"], entry["loss"])
+                          for entry in read_json_lines(self.path, *LOGGED)])
+        if not len(curve):  # somebody took the log away
+            return
         run = math.ceil(len(curve) / points)
         curve = curve[:len(curve) // run * run].reshape(-1, run, 2).mean(1)  # (points, 2)
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         axes.plot(*curve.T, linewidth=1)
-        axes.set(xlabel="step", ylabel="mean squared error to the teacher", yscale="log",
-                 title=f"{self.out.name}: distillation loss")
+        axes.set(xlabel="step", ylabel="mean squared error to the teacher", yscale="log")
+        axes.set_title(f"{self.out.name}: distillation loss", parse_math=False)
         axes.grid(alpha=0.3)
         with atomic_path(self.out / "loss.png") as temporary:
             figure.savefig(temporary, dpi=120)
@@ -646,6 +681,8 @@ def load_student(teacher, device, text):
 @speaks_flags
 def main(args):
     teacher, out = Teacher(args.teacher), Path(args.out)
+    if not args.partial:
+        teacher.require_whole()
     if (args.loss_of == "similarity") != (args.classes is not None):
         raise WrongCall("--loss similarity and --classes FILE go together")
     classes = read_classes(args.classes) if args.classes is not None else None
@@ -668,17 +705,18 @@ def main(args):
     settings = read_json(out / "spar.json", "distill.py")  # as the first process decided
     cache = cache if settings["cache_frozen"] else None
 
-    trainer = Trainer(student, (first, parameters), recipe, runtime, cache)
-    trainer.load(out / STATE)
-    sampler = Sampler(teacher, recipe, runtime, cache, args.workers)
-    if runtime.rank == 0:
-        announce(trainer, sampler, args.train_only, blocks)
-    log = Log(out, trainer, sampler)
-    train(trainer, sampler, recipe, log, texts, args.save_every)
-    log.plot()
-    runtime.barrier()  # until everything is on the disk
-    if runtime.rank == 0:
-        finish(out, settings, trainer, sampler.total_steps)
+    with hold(out) if runtime.rank == 0 else contextlib.nullcontext():
+        trainer = Trainer(student, (first, parameters), recipe, runtime, cache)
+        trainer.load(out / STATE)
+        sampler = Sampler(teacher, recipe, runtime, cache, args.workers)
+        if runtime.rank == 0:
+            announce(trainer, sampler, args.train_only, blocks)
+        log = Log(out, trainer, sampler)
+        train(trainer, sampler, recipe, log, texts, args.save_every)
+        log.plot()
+        runtime.barrier()  # until everything is on the disk
+        if runtime.rank == 0:
+            finish(out, settings, trainer, sampler.total_steps)
     if trainer.step < sampler.total_steps:
         raise KeyboardInterrupt
 
@@ -698,8 +736,29 @@ def begin(out, settings, parameters, cache, reason, must):
     require_room(out, 2 * state - there, "training states")
     require_same_settings(out / "spar.json", settings | {"cache_frozen": kept})
     if kept:
+        known = (cache.folder / "frozen.json").exists()
+        if not known and any(cache.path(entry).exists() for entry in cache.entries):
+            raise RunFailed(f"{cache.folder} holds tokens, but no frozen.json that says what of; "
+                            "delete that folder, or give another --cache-frozen")
         require_same_settings(cache.folder / "frozen.json", cache.settings, flag="--cache-frozen",
                               writer=f"{platform.node()}-{os.getpid()}-")
+
+
+@contextlib.contextmanager
+def hold(out):
+    """Keep a folder to one training at a time, by a lock that goes when its process does. Raises
+    RunFailed."""
+    with open(out / "spar.json") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFailed(f"another distill.py is training in {out}; wait for it, or give "
+                            "another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        for remains in out.glob(".tmp-*"):
+            remains.unlink(missing_ok=True)
+        yield
 
 
 def announce(trainer, sampler, only, blocks):
@@ -719,9 +778,11 @@ def finish(out, settings, trainer, steps):
     if trainer.step < steps:
         print(f"stopped and saved after step {trainer.step} of {steps}")
         return
+    trainer.require_finite()
     loading = trainer.student.save(out)
-    last = read_json_lines(out / "log.jsonl")[-1]
-    write_json(out / "spar.json", {**settings, "steps": steps, "loss": last["loss"]})
+    log = read_json_lines(out / "log.jsonl", *LOGGED)
+    write_json(out / "spar.json", {**settings, "steps": steps,
+                                   "loss": log[-1]["loss"] if log else None})
     print(f"student in {out}: {loading}")
     if trainer.cache:
         print(f"frozen tokens in {trainer.cache.folder}: other runs of these blocks use them; "

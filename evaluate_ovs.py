@@ -145,12 +145,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines, atomic_path,
-                    bilinear_strips, check_window, chosen_window, command_line, embed_texts,
-                    encode_windows, first_line, fit_to_patches, hub_clone, label_strips,
-                    linear_matrix, load_backbone, load_strictly, prefetch, prepare, read_json,
-                    read_json_lines, read_tensors, speaks_flags, start_runtime, stitch_axis,
-                    stitched_features, weights_hash, window_starts, write_json, write_json_lines)
+from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
+                    atomic_path, bilinear_strips, check_window, chosen_window, command_line,
+                    embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
+                    label_strips, linear_matrix, load_backbone, load_strictly, prefetch, prepare,
+                    read_json, read_json_lines, read_tensors, speaks_flags, start_runtime,
+                    stitch_axis, stitched_features, weights_hash, window_starts, write_json,
+                    write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
@@ -652,6 +653,8 @@ class Row:
                                             if "counts" in entry])
         runtime.barrier()
         self.read()
+        # settled before any process goes on: what another one draws meanwhile moves no share
+        self.mine = self.missing()[runtime.rank::runtime.world]
         runtime.barrier()
 
     def read(self):
@@ -735,7 +738,7 @@ def warn_of_nonsense(row):
 
 def evaluate(row, texts, runtime, workers=2):
     """Every picture of a row that is this process's and not done yet: predict, time, count."""
-    dataset, mine = row.dataset, row.missing()[runtime.rank::runtime.world]
+    dataset, mine = row.dataset, row.mine
     predict = functools.partial(row.method.predict, classes=dataset.classes, texts=texts,
                                 rule=row.rule)
     warm = False
@@ -778,8 +781,9 @@ def announce(rows, state):
     bounded = list(filter(None, (bounded_side(size, dataset.root / image)
                                  for image in dataset.images if size.short_side)))
     if bounded:
-        print(f"{len(bounded)} of {count} pictures get a short side of {min(bounded)} to "
-              f"{max(bounded)} pixels only, as their long side may have {size.LONGEST} at most")
+        sides = " to ".join(map(str, sorted({min(bounded), max(bounded)})))
+        print(f"{len(bounded)} of {count} pictures get a short side of {sides} pixels only, as "
+              f"their long side may have {size.LONGEST} at most")
     for rule in dict.fromkeys(row.rule for row in rows):
         if rule.threshold or rule.area_threshold:
             print(f"background: class probability under {rule.threshold:g} at logit scale "
@@ -825,7 +829,7 @@ def conclude(rows, folder):
         write_shares(rows, folder / "shares.csv")
     if failed:
         print(f"{len(failed)} of {len(dataset.images)} pictures could not be read and are left out")
-    if folder:
+    if folder and len(failed) < len(dataset.images):
         save_picture(draw_sheet(rows), folder / "sheet.png")
         print(f"maps in {folder}, some of them side by side in {folder / 'sheet.png'}")
     return results
@@ -849,10 +853,12 @@ def draw_sheet(rows, most=6):
     """Pictures beside the saved label maps of all rows: those where the last sliding window leads
     the first row most (mIoU of the picture alone), or else the first ones."""
     dataset, methods = rows[0].dataset, [row.method for row in rows]
-    names = [name for name in dataset.images if name in rows[0].done]
+    names = [name for name in dataset.images if all(name in row.done for row in rows)]
     windows = [row for row in rows if row.method.stride and row is not rows[0]]
     if windows and dataset.masks:
-        names.sort(key=lambda name: rows[0].miou(name) - windows[-1].miou(name))
+        leads = {name: windows[-1].miou(name) - rows[0].miou(name) for name in names}
+        # nan where a picture's mask ignores every pixel
+        names.sort(key=lambda name: math.inf if math.isnan(leads[name]) else -leads[name])
     sheet = []
     for name in names[:most]:
         image, labels, _ = load_sample(dataset, dataset.images.index(name))
@@ -872,12 +878,6 @@ def check_flags(args):
         value = getattr(args, flag)
         if value and Path(value).suffix not in endings:
             raise WrongCall(f"--{flag} {value}: must end in {' or '.join(endings)}")
-    for flag in ("limit", "batch_size", "window", "lposs_k", "lposs_steps", "lposs_reach",
-                 "short_side", "area"):
-        values = getattr(args, flag)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < 1:
-                raise WrongCall(f"--{flag.replace('_', '-')} {value}: must be at least 1")
     if args.short_side and args.area:
         raise WrongCall("--short-side and --area exclude each other")
     if not 0 <= args.lposs_alpha < 1 or args.lposs_tau <= 0:
@@ -969,7 +969,8 @@ def load_models(args, compare, device):
     else:
         teacher = read_student(checkpoint, compare)
         origin, random_init = teacher["backbone"], teacher.get("random_init", False)
-        if args.backbone not in (None, origin):
+        given = args.backbone or origin
+        if BACKBONES.get(given, given) != BACKBONES.get(origin, origin):
             raise WrongCall(f"--checkpoint {checkpoint} with --backbone {args.backbone} must be a "
                             "file with an official SPAR state dict; this is a folder with a "
                             f"student of {origin}, which needs no --backbone")
@@ -1069,7 +1070,8 @@ def journal_name(settings, dataset, texts, size, method, rule):
     stats = [path.stat() if path.exists() else None for path in files]
     # other rows may come and go
     settings = settings | {"weights": settings["weights"][method.label], "refine": method.refine,
-                           "upsampler": method.upsampler}
+                           "upsampler": method.upsampler,
+                           "anyup": method.anyup and settings["anyup"]}
     key = [settings, dataset.classes.names, hashlib.sha256(texts.cpu().numpy()).hexdigest(),
            str(size), method.label, [rule.logit_scale, rule.threshold, rule.area_threshold],
            [(str(path), stat and (stat.st_size, stat.st_mtime_ns))

@@ -92,11 +92,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, chosen_window, command_line, free_bytes, list_images,
-                    load_backbone, nearest_multiple, open_features, planned_size, prefetch,
-                    read_image, read_index, read_json_lines, require_room, require_same_settings,
-                    speaks_flags, start_runtime, stitched_features, weights_hash, windows_a_pass,
-                    write_json_lines)
+                    atomic_path, chosen_window, command_line, file_state, free_bytes, is_unchanged,
+                    list_images, load_backbone, nearest_multiple, open_features, planned_size,
+                    prefetch, read_image, read_index, read_json_lines, require_room,
+                    require_same_settings, speaks_flags, start_runtime, stitched_features,
+                    weights_hash, windows_a_pass, write_json, write_json_lines)
 
 # ---- augmentation: once per image, as a teacher map belongs to one version of it -----------------
 
@@ -132,10 +132,8 @@ def choose_augmentation(backbone, preset, overrides):
         return None
     augmentation = dataclasses.replace(augmentation, **overrides)
     low, high = augmentation.ratio
-    sides = augmentation.long_side, augmentation.short_side, augmentation.min_side
-    if not 0 < low <= high or min(sides) < 1:
-        raise WrongCall("--ratio needs 0 < LO <= HI, and --long-side, --short-side and --min-side "
-                        "at least one pixel")
+    if low > high:
+        raise WrongCall("--ratio needs LO <= HI")
     return augmentation
 
 
@@ -149,7 +147,7 @@ def plan_augmentation(size, augmentation, patch, seed):
     if augmentation is None:
         return {"resize": [nearest_multiple(side, patch) for side in size], "crop": None,
                 "flip": False}
-    rng = np.random.default_rng(zlib.crc32(seed.encode()))
+    rng = np.random.default_rng(zlib.crc32(seed.encode(errors="surrogateescape")))
     ratio = rng.uniform(*augmentation.ratio)
     scale = min(augmentation.long_side * ratio / max(size),
                 augmentation.short_side * ratio / min(size))
@@ -186,13 +184,17 @@ class Pictures:
         """(plan, pixels (3, H, W) uint8, None), or (None, None, what is wrong with the picture)."""
         path = self.root / job[0]
         try:
+            if len(os.fsencode(Path(feature_path(job)).name)) > 255:
+                raise RunFailed(f"{path}: its name is too long for a file of features beside it")
             pixels = read_image(path)
             height, width = pixels.shape[-2:]
             if min(height, width) < self.patch:
                 raise RunFailed(f"{path}: {height} x {width} pixels are less than one patch of "
                                 f"{self.patch}")
+            if max(height, width) > 16 * min(height, width):
+                raise RunFailed(f"{path}: {height} x {width} pixels are beyond 16 to 1")
             plan = self.plan(job, (height, width))
-            return plan, apply_augmentation(pixels, plan), None
+            return plan | file_state(path), apply_augmentation(pixels, plan), None
         except RunFailed as error:
             return None, None, str(error)
 
@@ -211,11 +213,17 @@ class Pictures:
         return int(np.mean(sizes or [0]) * len(jobs))
 
 
+def feature_path(job):
+    image, version = job
+    return f"features/{image}.npy" if version == 0 else f"features/{image}.{version}.npy"
+
+
 class FeatureFolder:
     """Where one of several writers puts feature maps, and notes them in files of its own."""
 
-    def __init__(self, out, writer, writers, dim, strict=False):
-        self.out, self.writer, self.dim, self.strict = out, writer, dim, strict
+    def __init__(self, out, root, writer, writers, dim, strict=False):
+        self.out, self.root, self.dim, self.strict = out, root, dim, strict
+        self.writer = writer
         self.bytes = 0  # of new features
         suffix = "" if writers == 1 else f"-{writer + 1}of{writers}"
         self.index_path, self.failures_path = (out / f"{name}{suffix}.jsonl"
@@ -223,21 +231,20 @@ class FeatureFolder:
         self.write_behind = WriteBehind(self.write, pending=16)
 
     def missing(self, jobs):
-        """Those whose features are not there, whole and of the right shape."""
+        """Those whose features are not there, whole, of the right shape and of today's picture."""
         index = {(entry["image"], entry["version"]): entry for entry in read_index(self.out)}
         return [job for job in jobs if job not in index or not self.is_done(index[job])]
 
     def is_done(self, entry):
         try:
-            return open_features(self.out / entry["file"]).shape == (*entry["grid"], self.dim)
-        except (RunFailed, KeyError):
+            whole = open_features(self.out / entry["file"]).shape == (*entry["grid"], self.dim)
+        except RunFailed:
             return False
+        return whole and is_unchanged(self.root / entry["image"], entry)
 
     def save(self, job, plan, features):
         """Features (h, w, D) of a job, and how it was augmented; written by a thread."""
-        image, version = job
-        file = f"features/{image}.npy" if version == 0 else f"features/{image}.{version}.npy"
-        entry = {"image": image, "version": version, "file": file, **plan,
+        entry = {"image": job[0], "version": job[1], "file": feature_path(job), **plan,
                  "grid": list(features.shape[:2])}
         self.bytes += 2 * features.numel()
         self.write_behind(entry, features)
@@ -257,11 +264,12 @@ class FeatureFolder:
     def merge(self, alone):
         """What all writers noted so far, in order, as one index and one list of failures: (done
         jobs, failures). alone: no other machine is still writing, or merging."""
-        index = read_index(self.out)
+        # a picture that was deleted since cannot be trained on
+        index = [each for each in read_index(self.out) if (self.root / each["image"]).is_file()]
         done = {(entry["image"], entry["version"]) for entry in index}
         failures = {(entry["image"], entry["version"]): entry
                     for path in sorted(self.out.glob("failures*.jsonl"))
-                    for entry in read_json_lines(path)}
+                    for entry in read_json_lines(path, "image", "version", "error")}
         failures = [failures[job] for job in sorted(failures) if job not in done]
         write_json_lines(self.out / "index.jsonl", index, f"{self.writer}-")
         if failures:
@@ -396,15 +404,16 @@ def main(args):
         "open_clip": open_clip.__version__}
 
     me, writers = shard * runtime.world + runtime.rank, shards * runtime.world
-    folder = FeatureFolder(out, me, writers, backbone.dim, args.strict)
+    folder = FeatureFolder(out, root, me, writers, backbone.dim, args.strict)
+    jobs = [(image, version) for image in images for version in range(versions)]
     if runtime.rank == 0:
         require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"),
                               writer=f"{me}-")
-        for old in out.glob("failures*.jsonl") if shards == 1 else ():
+        write_json(out / "planned.json", {"maps": len(jobs)}, f"{me}-")
+        for old in [*out.glob("failures*.jsonl"), *out.rglob(".tmp-*")] if shards == 1 else ():
             old.unlink()
     runtime.barrier()
     folder.failures_path.unlink(missing_ok=True)
-    jobs = [(image, version) for image in images for version in range(versions)]
     # by place alone, so that no two writers ever have the same job, whenever they start
     mine = folder.missing(jobs[me::writers])
     if runtime.rank == 0:

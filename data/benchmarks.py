@@ -66,7 +66,7 @@ def read_classes(source, background=None):
     where = f"`classes` {source}"
     if os.path.isfile(source):  # False also for a list of names that is too long for a path
         try:
-            lines = Path(source).read_text(encoding="utf-8-sig").strip().splitlines()
+            lines = Path(source).read_text(encoding="utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError:
             raise WrongCall(f"{where} is no UTF-8 text; save it as such") from None
         names = [line.split(",") for line in lines]

@@ -118,7 +118,7 @@ def plot(results, path):
         marks = sorted(by_size.items(), key=lambda item: item[0] or 0)
         miou = [np.mean([each["miou"] for each in some]) for _, some in marks]
         time_ = [1e3 * np.mean([each["seconds_per_image"] for each in some]) for _, some in marks]
-        style = {"marker": "os^Dv*PX"[position % 8], "label": label}
+        style = {"marker": "os^Dv*PX"[position % 8], "label": label.replace("$", r"\$")}
         panels[0, -1].plot(time_, miou, **style)
         if sweep:
             pairs = [(asked, value) for (asked, _), value in zip(marks, miou) if asked]
@@ -132,7 +132,8 @@ def plot(results, path):
     for panel in panels.flat:
         panel.grid(alpha=0.3, which="both")
     panels[0, -1].legend(fontsize=8)
-    figure.suptitle(", ".join(dict.fromkeys(each["dataset"] for each in results)), fontsize=10)
+    names = ", ".join(dict.fromkeys(each["dataset"] for each in results))
+    figure.suptitle(names.replace("$", r"\$"), fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -350,8 +350,7 @@ def measure_one_at_a_time(args, runtime, count=8):
         outputs["crossing"] = crossing_teacher(backbone, images, 24, runtime.autocast)
 
     before = matrix_product_rate(runtime)
-    # many turns, as the difference is small
-    seconds = in_turns(max(5, args.rounds), runtime.device, ours=one_at_a_time, crossing=crossing)
+    seconds = in_turns(max(3, args.rounds), runtime.device, ours=one_at_a_time, crossing=crossing)
     rate = statistics.median([before, matrix_product_rate(runtime)])
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     result = {"windows": windows, "seconds": medians["ours"],
