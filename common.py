@@ -96,7 +96,10 @@ def speaks_flags(main):
 def command_line(main, *args):
     """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr."""
     # a batch system's SIGTERM ends a stage as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         main(*args)
         code = 0
@@ -147,6 +150,16 @@ def this_command():
     return shlex.join(launcher + sys.argv)
 
 
+def short_name(name, most=255):
+    """A file's name in so many bytes, as a file system takes them: with a digest in its middle
+    where it is longer."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= most:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:16].encode()
+    return os.fsdecode(encoded[:most - 32] + digest + encoded[-16:])
+
+
 @contextlib.contextmanager
 def atomic_path(path, writer=""):
     """A temporary path in path's folder, for the caller to write; on success it replaces path, on
@@ -156,12 +169,8 @@ def atomic_path(path, writer=""):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the same name each time, so that a killed run's remains are overwritten; a file system takes
-    # 255 bytes
-    name = os.fsencode(f".tmp-{writer}{path.name}")
-    if len(name) > 255:
-        name = name[:200] + hashlib.sha256(name).hexdigest()[:16].encode()
-    temporary = path.with_name(os.fsdecode(name))
+    # the same name each time, so that a killed run's remains are overwritten
+    temporary = path.with_name(short_name(f".tmp-{writer}{path.name}"))
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -996,6 +1005,11 @@ def model_config(name):
         config = read_json(path, "open_clip", ["model_cfg"])
         # of NaFlex towers; newer than open_clip 3.3
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)
+        layers = [part.get("layers") for part in config["model_cfg"].values()
+                  if isinstance(part, dict)]
+        if any(isinstance(count, int) and count > 1000 for count in layers):
+            raise RunFailed(f"{path} describes towers of {max(layers)} layers; over 1000 are "
+                            "taken for a mistake")
         if "trust_remote_code" in json.dumps(config):
             raise RunFailed(f"{path} asks to run Python code of its own (trust_remote_code), which "
                             "is not done; take that out if the model works without")

@@ -14,6 +14,7 @@ and ends with the weights of an uninterrupted run, bit for bit on a CPU.
 """
 import argparse
 import os
+import signal
 
 # --train-only: words of which one stands in the name of every such parameter, over open_clip's
 # ViTs, timm's and DINOv3's
@@ -77,6 +78,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
 
 import contextlib
 import dataclasses
@@ -85,7 +87,6 @@ import hashlib
 import json
 import math
 import platform
-import signal
 import time
 from pathlib import Path
 from typing import NamedTuple

@@ -17,6 +17,7 @@ Interrupted, the same command continues. What IoU is, data/scores.py says.
 """
 import argparse
 import os
+import signal
 from dataclasses import dataclass, field, fields
 
 
@@ -125,6 +126,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
 
 import contextlib
 import csv
@@ -155,7 +157,7 @@ from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, a
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
-from data.drawing import contact_sheet, save_maps, save_picture
+from data.drawing import contact_sheet, map_path, save_maps, save_picture
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
 
@@ -555,7 +557,10 @@ class Method:
 
     def enlarge(self, image, similarities, size):
         """Strips of (h, w, N) at `size`, by the upsampler."""
-        if self.anyup:
+        if self.anyup and min(similarities.shape[:2]) < 2:
+            say_once("AnyUp needs two patches to each side; smaller pictures are enlarged "
+                     "bilinearly")
+        elif self.anyup:
             return self.anyup.strips(fit_to_patches(image, self.backbone.patch), similarities, size)
         return bilinear_strips(similarities, size)
 
@@ -582,6 +587,11 @@ class Method:
             return similarities
         pixels = fit_to_patches(image, self.backbone.patch).to(picture.device)
         return propagate_pixels(pixels, similarities, self.lposs)
+
+
+@functools.cache
+def say_once(text):
+    print(text)
 
 
 def patch_centres(size, grid, patch, stride):
@@ -670,7 +680,7 @@ class Row:
     def missing(self):
         """Numbers of the pictures that are not counted, or whose maps are not all there."""
         return [k for k, name in enumerate(self.dataset.images) if name not in self.done
-                or self.maps and not (self.maps / f"{name}.pca.png").is_file()]
+                or self.maps and not map_path(self.maps, name, "pca").is_file()]
 
     def count(self, index, labels, predictions, seconds):
         name = self.dataset.images[index]
@@ -845,7 +855,8 @@ def write_shares(rows, path):
             largest = sorted(zip(areas, titles), reverse=True)
             print(f"{name} ({row.method.label}): " + ", ".join(
                 f"{title} {area:.1f} %" for area, title in largest if area > 0))
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                              errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", "method", *(f"{t} %" for t in titles)], *lines])
 
 
@@ -862,7 +873,7 @@ def draw_sheet(rows, most=6):
     sheet = []
     for name in names[:most]:
         image, labels, _ = load_sample(dataset, dataset.images.index(name))
-        maps = [torch.from_numpy(np.array(Image.open(row.maps / f"{name}.labels.png")).astype(int))
+        maps = [torch.from_numpy(np.array(Image.open(map_path(row.maps, name, "labels")), int))
                 for row in rows]
         sheet.append([image, *([] if labels is None else [labels]), *maps])
     titles = [method.title + method.label.removeprefix(method.name) for method in methods]

@@ -14,6 +14,7 @@ The same command continues after an interruption.
 """
 import argparse
 import os
+import signal
 
 DEMO_VERSIONS = 6  # of each of its 150 pictures
 
@@ -78,6 +79,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
 
 import dataclasses
 import shutil

@@ -9,6 +9,7 @@ Only forward passes are timed, on random pixels: for a sliding window their sum 
     python time_inference.py --backbone openclip --random-init --sizes 448x448 672x896   # a GPU
 """
 import argparse
+import signal
 
 
 def parse_args(argv=None):
@@ -47,6 +48,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
 
 import copy
 import math

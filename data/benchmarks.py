@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (BACKBONES, DEMO, IGNORE, RunFailed, WrongCall, list_images, prefetch,
-                    read_image, resize_image)
+                    raise_unless_the_files_fault, read_image, resize_image)
 
 CLASS_FILES = Path(__file__).resolve().parent / "classes"
 
@@ -351,7 +351,8 @@ def picture_size(path):
             return picture.size if turned else picture.size[::-1]
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many types for damaged metadata
+        raise_unless_the_files_fault(error)
         raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -361,7 +362,8 @@ def read_label_ids(path, size=None):
     try:
         with Image.open(path) as picture:
             ids = np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        raise_unless_the_files_fault(error)
         raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
     if ids.ndim != 2:
         raise RunFailed(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from common import atomic_path
+from common import atomic_path, short_name
 
 # names that a colour belongs to, so that no picture shows blue grass; others get a hue of their own
 KNOWN_COLOURS = {
@@ -116,8 +116,15 @@ def save_picture(picture, path):
         picture.save(temporary)
 
 
+def map_path(folder, name, kind):
+    """folder/NAME.KIND.png for a picture of that name."""
+    path = folder / f"{name}.{kind}.png"
+    return path.with_name(short_name(path.name))
+
+
 def save_maps(folder, name, image, labels, features, classes):
     """NAME.labels.png (palette PNG of class numbers), NAME.overlay.png and NAME.pca.png."""
-    save_picture(palette_picture(labels, classes), folder / f"{name}.labels.png")
-    save_picture(overlay_picture(image, labels, classes), folder / f"{name}.overlay.png")
-    save_picture(pca_picture(features, labels.shape), folder / f"{name}.pca.png")
+    for kind, picture in (("labels", palette_picture(labels, classes)),
+                          ("overlay", overlay_picture(image, labels, classes)),
+                          ("pca", pca_picture(features, labels.shape))):
+        save_picture(picture, map_path(folder, name, kind))

@@ -147,7 +147,7 @@ def read_results(paths):
         try:
             files[str(path)] = [each for each in report["results"] if keys <= each.keys()
                                 and each["miou"] + each["seconds_per_image"] >= 0]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json") from None
         if not files[str(path)]:
             raise RunFailed(f"{path} holds no results with a score")

@@ -207,38 +207,39 @@ def stitched_pixels(layout, maps, count, device):
 
 def measure_stitching(args, work, runtime):
     size, window, stride, patch = layout = (1024, 2048), (512, 512), 24, 16
-    columns, rows = (len(window_starts(length, side, stride))
-                     for length, side in zip(size, window))
-    print(f"\nstitching 1024 x 2048, window 512, stride 24 ({columns * rows} windows)")
-    return {name: measure_stitcher(name, join, layout, channels, cell, args.rounds, runtime.device)
+    down, across = (len(window_starts(length, side, stride))
+                    for length, side in zip(size, window))
+    print(f"\nstitching 1024 x 2048, window 512, stride 24 ({down * across} windows)")
+    return {name: measure_stitcher(name, join, layout, (down, across), channels, cell, args.rounds,
+                                   runtime.device)
             for name, join, channels, cell in (
                 ("768 features", stitched_map, 768, math.gcd(stride, patch)),
                 ("150 similarities", stitched_pixels, 150, 1))}
 
 
-def measure_stitcher(name, join, layout, channels, cell, rounds, device):
-    """One of the two against WindowLoop on cells of so many pixels."""
+def measure_stitcher(name, join, layout, counts, channels, cell, rounds, device):
+    """`join`, one of the two above, against WindowLoop on cells of so many pixels; counts: windows
+    (down, across)."""
     size, window, stride, patch = layout
-    height, width = (len(window_starts(length, side, stride))
-                     for length, side in zip(size, window))  # windows below and beside each other
+    down, across = counts
     # a fifth of a row of windows, again and again
-    maps = torch.rand(width // 5, *(side // patch for side in window), channels, device=device)
+    maps = torch.rand(across // 5, *(side // patch for side in window), channels, device=device)
     swapped = maps.permute(0, 3, 1, 2).contiguous()
     loop = WindowLoop(size, window, stride, cell, channels, device)
 
     def ours():
-        return join(layout, maps, height * width, device)
+        return join(layout, maps, down * across, device)
 
     def one_row():
-        for first in range(0, width, len(maps)):
+        for first in range(0, across, len(maps)):
             loop.add(swapped, first)
 
-    seconds, accumulator = in_turns(rounds, device, ours=ours, one_row=one_row), loop.total.nbytes
-    loop.total = loop.counts = None
+    seconds = in_turns(rounds, device, ours=ours, one_row=one_row)
+    accumulator, loop.total, loop.counts = loop.total.nbytes, None, None
     output, extra = memory_of(ours, device)
     result = {"seconds": statistics.median(seconds["ours"]),
-              "loop_seconds": height * statistics.median(seconds["one_row"]),
-              "ratio": height * median_ratio(seconds["one_row"], seconds["ours"]),
+              "loop_seconds": down * statistics.median(seconds["one_row"]),
+              "ratio": down * median_ratio(seconds["one_row"], seconds["ours"]),
               "output_mb": output / 1e6, "extra_mb": extra / 1e6,
               "accumulator_mb": accumulator / 1e6}
     print("{:18} {seconds:7.2f} s, window by window {loop_seconds:7.1f} s: {ratio:.0f} times; "
@@ -281,6 +282,26 @@ def extract_timed(images, out, backbone, precision, args):
     return time.perf_counter() - min(started), sum(forward)
 
 
+def time_extraction(args, work, pictures, images, backbone, precisions):
+    """Both sides in turn, extract_teacher.py once in each precision: {precision: its measurements,
+    a list a kind}, seconds of the window loop, and a map that it makes."""
+    device = images[0].device
+    times, loop = {name: {"seconds": [], "forward": [], "rates": []} for name in precisions}, []
+    for turn in range(args.rounds):
+        for name, each in times.items():
+            precision = common.Runtime(device, name)
+            each["rates"].append(matrix_product_rate(precision))
+            seconds, forward = extract_timed(pictures, work / f"{name}-{turn}", args.backbone, name,
+                                             args)
+            each["rates"].append(matrix_product_rate(precision))
+            each["seconds"].append(seconds)
+            each["forward"].append(forward)
+        started = synchronised_time(device)
+        baseline = window_loop_teacher(backbone, images, 24)
+        loop.append(synchronised_time(device) - started)
+    return times, loop, baseline[0].cpu()
+
+
 def measure_extraction(args, work, runtime):
     """Twice the native size, so 121 windows a picture at 224."""
     torch.manual_seed(0)  # extract_teacher.py's own, so that both sides have the same weights
@@ -292,33 +313,19 @@ def measure_extraction(args, work, runtime):
     images = [prepare(backbone, read_image(path)) for path in paths]
     windows = len(images) * len(cut_windows(images[0], backbone.window, 24))
     flop = windows * count_flops(backbone, backbone.window)
-    precisions = ["fp32", "fp16" if runtime.device.type == "cuda" else "bf16"]
     print(f"\nextraction, {args.backbone}, stride 24, {len(images)} pictures of {side} x {side}: "
-          f"{windows} windows, {flop / 1e12:.1f} TFLOP")
-    seconds, forward, rates = ({name: [] for name in precisions} for _ in range(3))
-    loop = []
-    for turn in range(args.rounds):
-        for name in precisions:
-            precision = common.Runtime(runtime.device, name)
-            before = matrix_product_rate(precision)
-            whole, inside = extract_timed(pictures, work / f"{name}-{turn}", args.backbone, name,
-                                          args)
-            rates[name] += [before, matrix_product_rate(precision)]
-            seconds[name].append(whole)
-            forward[name].append(inside)
-        started = synchronised_time(runtime.device)
-        baseline = window_loop_teacher(backbone, images, 24)
-        loop.append(synchronised_time(runtime.device) - started)
+          f"{windows} windows, {flop / 1e12:.3g} TFLOP")
+    precisions = ["fp32", "fp16" if runtime.device.type == "cuda" else "bf16"]
+    times, loop, expected = time_extraction(args, work, pictures, images, backbone, precisions)
     result = {"windows": windows, "tflop": flop / 1e12, "loop_seconds": statistics.median(loop)}
-    expected = baseline[0].cpu()
-    for name in precisions:
+    for name, each in times.items():
         stored = np.load(work / f"{name}-0" / "features" / f"{paths[0].name}.npy")
-        rate, median = statistics.median(rates[name]), statistics.median(seconds[name])
+        rate, seconds = statistics.median(each["rates"]), statistics.median(each["seconds"])
         result[name] = {
-            "seconds": median, "matrix_tflops": rate / 1e12,
-            "share_of_matrix_rate": flop / median / rate,
-            "forward_share": median_ratio(forward[name], seconds[name]),
-            "times_the_loop": median_ratio(loop, seconds[name]),
+            "seconds": seconds, "matrix_tflops": rate / 1e12,
+            "share_of_matrix_rate": flop / seconds / rate,
+            "forward_share": median_ratio(each["forward"], each["seconds"]),
+            "times_the_loop": median_ratio(loop, each["seconds"]),
             "difference": relative_difference(torch.from_numpy(stored), expected)}
         print("{}: {seconds:7.1f} s, {share_of_matrix_rate:.1%} of the machine's "
               "{matrix_tflops:.3f} TFLOP/s, {forward_share:.1%} of it in forward passes; "
