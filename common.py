@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -289,7 +290,7 @@ def require_room(folder, need, what):
                         f"{free / 1e9:.2f} GB free; give a folder on a larger disk")
 
 
-def require_same_settings(path, settings, free=(), flag="--out", writer=""):
+def require_same_settings(path, settings, free=(), flag="--out"):
     """Keep a folder to one set of settings: write them on the first run, refuse others on the next.
 
     path: the JSON file of the settings. free: keys that may differ (library versions, say).
@@ -297,7 +298,7 @@ def require_same_settings(path, settings, free=(), flag="--out", writer=""):
     """
     path = Path(path)
     if not path.exists():
-        mine = path.with_name(f".tmp-{writer}{os.getpid()}-{path.name}")
+        mine = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
         write_json(mine, settings)
         try:
             os.link(mine, path)  # unlike a replacement, only one of several first runs succeeds

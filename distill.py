@@ -741,8 +741,7 @@ def begin(out, settings, parameters, cache, reason, must):
         if not known and any(cache.path(entry).exists() for entry in cache.entries):
             raise RunFailed(f"{cache.folder} holds tokens, but no frozen.json that says what of; "
                             "delete that folder, or give another --cache-frozen")
-        require_same_settings(cache.folder / "frozen.json", cache.settings, flag="--cache-frozen",
-                              writer=f"{platform.node()}-{os.getpid()}-")
+        require_same_settings(cache.folder / "frozen.json", cache.settings, flag="--cache-frozen")
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ from tqdm import tqdm
 from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
                     atomic_path, bilinear_strips, check_window, chosen_window, command_line,
                     embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
-                    label_strips, linear_matrix, load_backbone, load_strictly, prefetch, prepare,
+                    label_strips, load_backbone, load_strictly, prefetch, prepare,
                     read_json, read_json_lines, read_tensors, speaks_flags, start_runtime,
                     stitch_axis, stitched_features, weights_hash, window_starts, write_json,
                     write_json_lines)
@@ -171,40 +171,41 @@ class PixelStitcher(Stitcher):
     Between multiples of gcd(stride, patch / 2) pixels - the only places where features' centres and
     windows' borders lie - that average is linear along each axis. So the first and the last pixel
     of each such piece are all that is summed and held (for a stride of 24 a sixteenth of the
-    pixels), and strips interpolate between them, exactly.
+    pixels), and whatever lies between two neighbours of them is interpolated, exactly.
     """
 
     def __init__(self, size, window, stride, patch, device="cpu"):
-        self.size = size
-        self.piece = math.gcd(stride, 1 if patch % 2 else patch // 2)
-        ends = sorted({0, self.piece - 1})
-        axes = []
+        piece, axes = math.gcd(stride, 1 if patch % 2 else patch // 2), []
+        self.held = []  # pixels along each axis
         for length, side in zip(size, window):
-            pixels = torch.arange(length).view(-1, self.piece)[:, ends].flatten()
+            pixels = torch.arange(length).view(-1, piece)[:, sorted({0, piece - 1})].flatten()
             axes.append(stitch_axis(length, side, stride, patch, 1)[:, pixels])
+            self.held.append(pixels.double())
         super().__init__(*axes, device)
-        place = torch.linspace(0, 1, self.piece, dtype=torch.float64)[:, None]
-        # (pixels of a piece, its ends)
-        self.between = torch.cat([1 - place, place], 1) if len(ends) > 1 else 1 - place
+
+    @staticmethod
+    def neighbours(held, outputs):
+        """Of each output along an axis that is resized (bilinear, align_corners=False): the held
+        pixels before and after it, and where it is between them, 0 to 1."""
+        length = held[-1].item() + 1
+        places = (torch.arange(outputs, dtype=torch.float64) + 0.5) * length / outputs - 0.5
+        places = places.clamp(0, length - 1)
+        after = torch.searchsorted(held, places).clamp(min=1)
+        before = after - 1
+        return before, after, (places - held[before]) / (held[after] - held[before])
 
     def strips(self, size):
         """A function of (first, last) that gives these rows at `size`: (N, rows, W)."""
-        samples = self.result()  # (ends along H, ends along W, N)
-        between = self.between.to(samples)
-        expand = torch.kron(torch.eye(self.size[0] // self.piece, dtype=torch.float64),
-                            self.between)
-        weights = linear_matrix(self.size[0], size[0]) @ expand  # (H, ends along H)
+        pixels = self.result()  # (held along H, held along W, N)
+        rows, (left, right, across) = (
+            [each.to(pixels.device) for each in self.neighbours(held, outputs)]
+            for held, outputs in zip(self.held, size))
 
         def strip(first, last):
-            used = self.span(weights[first:last].T)
-            rows = weights[first:last, used].to(samples) @ samples[used].flatten(1)
-            rows = rows.view(last - first, -1, between.shape[1], samples.shape[2])
-            pixels = rows.permute(3, 0, 1, 2) @ between.T  # (N, rows, pieces, pixels of a piece)
-            pixels = pixels.flatten(2)
-            if pixels.shape[2] == size[1]:
-                return pixels
-            return F.interpolate(pixels[None], size=(last - first, size[1]), mode="bilinear",
-                                 align_corners=False)[0]
+            above, below, down = (each[first:last] for each in rows)
+            some = torch.lerp(pixels[above], pixels[below], down.to(pixels)[:, None, None])
+            some = torch.lerp(some[:, left], some[:, right], across.to(pixels)[:, None])
+            return some.permute(2, 0, 1)
         return strip
 
 

@@ -409,8 +409,7 @@ def main(args):
     folder = FeatureFolder(out, root, me, writers, backbone.dim, args.strict)
     jobs = [(image, version) for image in images for version in range(versions)]
     if runtime.rank == 0:
-        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"),
-                              writer=f"{me}-")
+        require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"))
         write_json(out / "planned.json", {"maps": len(jobs)}, f"{me}-")
         for old in [*out.glob("failures*.jsonl"), *out.rglob(".tmp-*")] if shards == 1 else ():
             old.unlink()

@@ -23,6 +23,10 @@ MICRO = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: over two seconds; -m \"not slow\" leaves these out")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Random numbers that do not depend on which tests ran before."""

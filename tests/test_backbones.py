@@ -29,6 +29,7 @@ def maskclip(visual, images, positions):
     return (visual.ln_post(last(tokens, attn_mask=alone)) @ visual.proj)[:, 1:]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["backbone", "vit_b16"])
 @pytest.mark.parametrize("scale", [(1, 1), (0.75, 1.5), (2, 0.5)])

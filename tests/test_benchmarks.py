@@ -399,6 +399,7 @@ def test_unreadable_pictures_are_left_out_and_counted(own, micro, tmp_path, caps
     assert four["unreadable"] == ["3.png"] and four | {"unreadable": []} == three
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same_pixels(own, micro, tmp_path, one_thread):
     flags = [*own, "--backbone", micro, "--refine", "none", "lposs"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -545,6 +546,7 @@ def test_an_interrupted_run_without_masks_continues(own, micro, tmp_path, monkey
     assert files[0] == files[1] and len(files[0]) == 2 * 4 * 3 + 1
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_continue(own, micro, monkeypatch):
     class Begun(Exception):
         pass
@@ -633,6 +635,7 @@ def test_sweep_of_areas(own, micro, tmp_path, capsys, monkeypatch):
     assert "side of the square of the picture's area" in (tmp_path / "again.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_short_side_that_its_bound_cuts_is_said(own, micro, tmp_path, capsys):
     save(np.zeros((20, 1000, 3), np.uint8), own[1] / "long.png")
     save(np.zeros((1500, 15, 3), np.uint8), own[1] / "tall.png")
@@ -702,6 +705,7 @@ def picture_miou(labels, predictions):
     return 100 * jaccard_score(labels[kept], predictions[kept], labels=present, average="macro")
 
 
+@pytest.mark.slow
 def test_the_sheet_begins_where_windows_lead_most(own, micro, student, tmp_path, monkeypatch):
     """By the last window's lead over the first row in the mIoU of a picture alone."""
     rng = np.random.default_rng(6)

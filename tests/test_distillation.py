@@ -373,6 +373,7 @@ def fork(tmp_path_factory):
     server.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_killed_ten_times_at_random_moments(fork, whole, teacher, tmp_path):
     """SIGKILL and the same command again: the weights and the log of the uninterrupted run, bit for
     bit. Tokens are kept meanwhile."""
@@ -391,6 +392,7 @@ def test_killed_ten_times_at_random_moments(fork, whole, teacher, tmp_path):
     assert_same_training(whole, tmp_path / "spar")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_continue(fork, whole, teacher, tmp_path):
     flags = ["--teacher", teacher, "--out", tmp_path, *RECIPE[:-1], "1000",
              "--cache-frozen", teacher.parent / "tokens"]
@@ -446,6 +448,7 @@ def test_an_overflow_of_tokens_is_told_before_the_loss_it_spoils(teacher, tmp_pa
             "--cache-frozen", tmp_path / "tokens")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_on_batches_of_two(fork, teacher, tmp_path):
     """Bit for bit; so does a run of which one process was killed, the other left with one line, and
     both started again."""
@@ -477,6 +480,7 @@ def test_an_epoch_is_shared_out_whole():
         assert not np.array_equal(alone, distill.epoch_order(count, batch, 6, 1))
 
 
+@pytest.mark.slow
 def test_shards_make_what_one_run_makes(fork, micro, photos, teacher, tmp_path):
     """Three machines on one disk, the second interrupted, begun at different times: each map has
     one writer."""

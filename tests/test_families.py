@@ -61,6 +61,7 @@ def timm_reference(visual, images, grid):
     return visual.head(trunk.forward_head(patches)).unflatten(0, (len(images), -1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", [
     "siglip2",
@@ -151,6 +152,7 @@ def test_patches_of_an_averaged_tower_are_what_its_embedding_is_the_mean_of(case
                           backbone.model.encode_image(images), atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_naflex_positions_equal_transformers():
     """timm's tower and transformers' interpolate the same table to the same positions, at sizes
@@ -241,6 +243,7 @@ def test_a_tokenizer_that_would_feed_garbage_is_refused(siglip, tmp_path, change
         embed_texts(load_backbone(tmp_path / "model", text=True), ["cat"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tower", ["native", "timm"])
 def test_student_folder_is_plain_open_clip(tower, micro, siglip, tmp_path):
@@ -444,6 +447,7 @@ def test_pictures_are_normalised_as_the_weights_were_trained(name, mean):
                           atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_quick_gelu_follows_the_tag_and_goes_with_the_student(tmp_path, monkeypatch):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-S-32-alt",
@@ -456,6 +460,7 @@ def test_quick_gelu_follows_the_tag_and_goes_with_the_student(tmp_path, monkeypa
         assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == activation
 
 
+@pytest.mark.slow
 def test_every_plain_vit_of_open_clip_works_and_its_window_is_whole_patches(capsys):
     from extract_teacher import list_backbones
     list_backbones()
@@ -498,6 +503,7 @@ def test_what_cannot_work_is_refused_with_its_reason():
 
 # ---- precision -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["openclip", "siglip2", "EVA02-B-16"])
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])

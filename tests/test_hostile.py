@@ -267,6 +267,7 @@ def test_a_deleted_picture_is_no_dead_end(micro, pictures, tmp_path):
     assert len(losses(tmp_path / "spar")) == 4
 
 
+@pytest.mark.slow
 def test_names_that_files_may_have(micro, photos, tmp_path):
     """Too long for a file beside it, not UTF-8, mathematics to matplotlib."""
     folder = tmp_path / "$a$ $b"
@@ -371,6 +372,7 @@ def test_an_orientation_that_is_no_number(micro, tmp_path):
     assert row["images"] == 1 and row["unreadable"] == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     for script in STAGES:

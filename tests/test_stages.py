@@ -169,6 +169,7 @@ def test_own_pictures_with_free_names(student, photos, tmp_path, capsys):
             == pytest.approx(100, abs=0.2))
 
 
+@pytest.mark.slow
 def test_timing_table(micro, tmp_path):
     run(time_inference, "--backbone", micro, "--sizes", "64x64", "130x90", "--strides", 0, 24,
         "--warmup", 1, "--repeats", 3, "--json", tmp_path / "t.json", "--plot", tmp_path / "t.png")
@@ -188,6 +189,7 @@ def test_growth_is_the_exponent_of_a_power_law():
             == {"single-pass": pytest.approx(1.7)})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
                     reason="torch.compile needs a C++ compiler")
 def test_compiled_features_are_the_same(micro, photos, teacher, tmp_path):
@@ -219,6 +221,7 @@ def test_help_shows_an_example_and_needs_no_torch(script, tmp_path):
 
 # ---- resuming ------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_extraction_killed_at_any_moment_resumes_to_the_same_bytes(micro, photos, tmp_path):
     flags = ["--images", photos, "--backbone", micro, *SMALL]
     finish(command("extract_teacher.py", "--out", tmp_path / "whole", *flags))
@@ -238,6 +241,7 @@ def test_extraction_killed_at_any_moment_resumes_to_the_same_bytes(micro, photos
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_distillation_killed_at_any_moment_resumes_to_the_same_weights(teacher, tmp_path):
     flags = ["--teacher", teacher, "--epochs", 4, "--save-every", 7, "--lr", "1e-3",
              "--schedule", "cosine", "--optimizer", "muon"]
@@ -261,6 +265,7 @@ def test_distillation_killed_at_any_moment_resumes_to_the_same_weights(teacher, 
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(micro, photos, teacher, tmp_path):
     """Under torchrun: the same features, byte for byte, and a student from averaged gradients."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
@@ -285,6 +290,7 @@ def test_other_settings_are_refused_with_their_names(micro, photos, teacher, stu
 
 # ---- bad input -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_bad_pictures_are_noted_and_the_rest_is_done(micro, photos, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -308,6 +314,7 @@ def test_bad_pictures_are_noted_and_the_rest_is_done(micro, photos, tmp_path):
         extract(micro, images, tmp_path / "strict", "--strict")
 
 
+@pytest.mark.slow
 def test_no_picture_at_all(micro, tmp_path):
     (tmp_path / "empty").mkdir()
     output = finish(command("extract_teacher.py", "--images", tmp_path / "empty",
@@ -336,6 +343,7 @@ def test_wrong_calls_of_extract(micro, photos, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_call_ends_with_code_2(micro, photos, tmp_path):
     output = finish(command("extract_teacher.py", "--images", photos, "--backbone", micro,
                             "--stride", 999, "--out", tmp_path), code=2)
