@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pickle
-import re
 import secrets
 import shlex
 import shutil
@@ -54,10 +53,10 @@ class RunFailed(Exception):
 
 # lowest and highest value of flags, whichever stage has them; all numbers must be finite
 RANGES = {
-    **dict.fromkeys(["limit", "versions", "batch_size", "workers", "save_every", "window", "epochs",
+    **dict.fromkeys(["limit", "versions", "batch_size", "save_every", "window", "epochs",
                      "long_side", "min_side", "short_side", "area", "lposs_k", "lposs_steps",
                      "lposs_reach", "repeats"], (1, 10 ** 9)),
-    **dict.fromkeys(["stride", "strides", "warmup"], (0, 10 ** 9)),
+    **dict.fromkeys(["stride", "strides", "warmup", "workers"], (0, 10 ** 9)),
     **dict.fromkeys(["crop_prob", "flip_prob"], (0, 1)),
     **dict.fromkeys(["ratio", "random_scale"], (1e-6, 1000)),
     "seed": (0, 2 ** 63 - 1), "lr": (1e-12, 1e30), "weight_decay": (0, 1000),
@@ -89,7 +88,9 @@ def speaks_flags(main):
         try:
             return main(args)
         except (WrongCall, RunFailed) as error:
-            text = re.sub(r"`(\w+)`", lambda name: "--" + name[1].replace("_", "-"), str(error))
+            text = str(error)
+            for name in vars(args):
+                text = text.replace(f"`{name}`", "--" + name.replace("_", "-"))
             raise type(error)(text) from error
     return stage
 
@@ -240,12 +241,14 @@ def read_index(folder):
     separate writers, one a map, in order. Raises RunFailed for one that no stage wrote."""
     keys = ("image", "version", "file", "resize", "crop", "flip", "grid")
     entries = {}
-    for path in sorted(Path(folder).glob("index*.jsonl")):
+    # the writers' own lines are newer than the merged ones
+    for path in sorted(Path(folder).glob("index*.jsonl"),
+                       key=lambda path: (path.name != "index.jsonl", path.name)):
         for entry in read_json_lines(path, *keys):
             try:
-                parts = [*Path(entry["image"]).parts, *Path(entry["file"]).parts]
+                paths = [Path(entry["image"]), Path(entry["file"])]
                 numbers = [*entry["resize"], *(entry["crop"] or ()), *entry["grid"]]
-                fine = (".." not in parts and not {"/", "\\"} & {part[0] for part in parts}
+                fine = (not any(path.is_absolute() or ".." in path.parts for path in paths)
                         and entry["file"].startswith("features/") and int(entry["version"]) >= 0
                         and len(entry["grid"]) == len(entry["resize"]) == 2
                         and all(isinstance(number, int) and number >= 0 for number in numbers))
@@ -471,14 +474,16 @@ def read_image(path):
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many types for damaged pixels and metadata
-        raise_unless_the_files_fault(error)
+        raise_unless_the_files_fault(error, path)
         raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
 
 
-def raise_unless_the_files_fault(error):
+def raise_unless_the_files_fault(error, path):
     """Raise an error again that a good file would have met as well."""
-    if is_out_of_memory(error) or getattr(error, "errno", None) in (
-            errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+    if is_out_of_memory(error):
+        raise error
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+        error.filename = str(path)
         raise error
 
 
@@ -690,7 +695,7 @@ class Backbone(nn.Module):
                 self.tokenizer.tokenizer.save_pretrained(folder)
             except RunFailed as error:
                 print("warning: saved without a tokenizer, which open_clip needs beside it: "
-                      f"{error}", file=sys.stderr)
+                      + str(error).replace("`", ""), file=sys.stderr)
         return f"open_clip.create_model_and_transforms('local-dir:{folder}')"
 
 
@@ -1066,13 +1071,13 @@ def create_open_clip(config, path, text, device):
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False,
                                        pretrained_text=False, device=device)
-    if path is not None and whole:
-        open_clip.load_checkpoint(model, str(path))
-    elif path is not None:
+    if path is not None and not str(path).endswith(".npz"):
         state = convert_state_dict(model, load_state_dict(str(path)))
         image = {key.removeprefix("visual."): value for key, value in state.items()
                  if key.startswith("visual.")}
         load_strictly(model.visual, image, path)
+    if path is not None and whole:  # which would resize positions without a word
+        open_clip.load_checkpoint(model, str(path))
     return model
 
 
@@ -1315,11 +1320,10 @@ def encode_windows(backbone, image, window, stride, batch_size=60, autocast=cont
     views = cut_windows(image, window, stride)
     passes = math.ceil(len(views) / windows_a_pass(backbone, views[0].shape[-2:], batch_size))
     size = math.ceil(len(views) / passes)  # even batches, instead of a small last one
-    with autocast():  # around all batches, or every one of them would cast the weights again
-        for first in range(0, len(views), size):
+    for first in range(0, len(views), size):
+        with autocast():
             maps = backbone.encode_dense(torch.stack(views[first:first + size]))
-            with torch.autocast(maps.device.type, enabled=False):  # for whoever takes them
-                yield maps.float()
+        yield maps.float()
 
 
 def linear_matrix(inputs, outputs):
@@ -1430,7 +1434,7 @@ def open_features(path):
     except FileNotFoundError:
         raise RunFailed(f"{path} does not exist; run extract_teacher.py again") from None
     except Exception as error:  # numpy raises many types for a damaged header
-        raise_unless_the_files_fault(error)
+        raise_unless_the_files_fault(error, path)
         raise RunFailed(f"{path} is no whole .npy file ({error}); {remake}") from None
     if not isinstance(features, np.ndarray):
         raise RunFailed(f"{path} is a zip file, no .npy file; {remake}")

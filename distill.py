@@ -490,7 +490,7 @@ class Trainer:
     def update(self, rate, loss, stop):
         """One step of the optimizers, from gradients, loss and the wish to stop summed over the
         processes. Returns (loss, stop) on the device, (2,), equal in all of them."""
-        summed = self.add_up(torch.stack([loss, loss.new_tensor(float(stop))]))
+        summed = self.add_up(torch.stack([loss, loss.new_full((), float(stop))]))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -568,7 +568,8 @@ class Log:
         self.bar = tqdm(total=sampler.total_steps * size, initial=trainer.step * size,
                         desc="distill", unit="img", disable=not self.first_process)
         # to read a loss is to wait for a GPU, which would then idle between its small steps
-        self.every = 1 if trainer.runtime.device.type == "cpu" else 20
+        share = size // trainer.runtime.world
+        self.every = 1 if trainer.runtime.device.type == "cpu" else max(1, 20 // share)
 
     def add(self, values, epoch, rate):
         """values: (loss, stop) of the step that was just done."""

@@ -150,8 +150,8 @@ from tqdm import tqdm
 from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
                     atomic_path, bilinear_strips, check_window, chosen_window, command_line,
                     embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
-                    label_strips, load_backbone, load_strictly, prefetch, prepare,
-                    read_json, read_json_lines, read_tensors, speaks_flags, start_runtime,
+                    label_strips, load_backbone, load_strictly, prefetch, prepare, read_json,
+                    read_json_lines, read_tensors, short_name, speaks_flags, start_runtime,
                     stitch_axis, stitched_features, weights_hash, window_starts, write_json,
                     write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
@@ -756,10 +756,10 @@ def evaluate(row, texts, runtime, workers=2):
     with progress_bar(row, len(mine), runtime.rank > 0) as progress:
         samples = prefetch(lambda k: load_sample(dataset, k), mine, workers)
         for k, (image, labels, error) in zip(mine, samples):
-            progress.update()
             if error:
                 progress.write(f"left out: {error}")
                 row.leave_out(k, error)
+                progress.update()
                 continue
             resized, size = row.size.resize(image), image.shape[-2:]
             if not warm:
@@ -773,6 +773,7 @@ def evaluate(row, texts, runtime, workers=2):
             row.count(k, labels, predictions, seconds)
             if labels is not None:
                 progress.set_postfix_str(f"mIoU {row.miou():.1f}", refresh=False)
+            progress.update()
 
 
 def progress_bar(row, total, disable):
@@ -1011,7 +1012,7 @@ def open_methods(args, runtime):
         for stride in strides:
             check_window(window, stride, slider.patch)
     anyup = None
-    if "anyup" in args.upsampler and (compare or not strides):
+    if "anyup" in args.upsampler and (compare or not strides) and set(args.refine) != {"lposs+"}:
         anyup = AnyUp(args.anyup_model, args.hub_dir, args.random_init, runtime.device)
     lposs = Lposs(**{each.name: getattr(args, f"lposs_{each.name}") for each in fields(Lposs)})
 
@@ -1089,7 +1090,8 @@ def journal_name(settings, dataset, texts, size, method, rule):
            [(str(path), stat and (stat.st_size, stat.st_mtime_ns))
             for path, stat in zip(files, stats)]]
     label = method.label.replace("/", "-").replace(" ", "")
-    return f"{Path(dataset.name).name}-{label}-{size.asked or 'own'}-{text_hash(key)[:12]}.jsonl"
+    name = f"{Path(dataset.name).name}-{label}-{size.asked or 'own'}-{text_hash(key)[:12]}.jsonl"
+    return short_name(name, 200)
 
 
 def maps_folder(save_maps, images, labelled):

@@ -23,8 +23,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what").add_argument
-    add("--images", help="folder of jpg, jpeg, png, webp pictures, searched recursively (default: "
-        "the demo's training pictures)")
+    add("--images", help="folder of jpg, jpeg, png, webp pictures up to 16:1, searched recursively "
+        "(default: the demo's training pictures)")
     add("--out", default="runs/teacher",
         help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
     add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip "
@@ -263,19 +263,33 @@ class FeatureFolder:
             raise RunFailed(f"{error} (--strict)")
         append_json_lines(self.failures_path, {"image": job[0], "version": job[1], "error": error})
 
+    def tidy(self):
+        """Take away what earlier runs left: failures, which are tried again, temporary files, and
+        lines of separate writers, which are merged."""
+        known = {self.out / entry["file"] for entry in read_index(self.out)}
+        if any(self.out.glob("index-*.jsonl")):
+            self.merge(alone=True)
+        remains = [*self.out.glob(".tmp-*"), *(self.out / "features").rglob(".tmp-*.npy")]
+        for path in [*self.out.glob("failures*.jsonl"), *remains]:
+            if path.is_file() and path not in known:
+                path.unlink(missing_ok=True)
+
     def merge(self, alone):
         """What all writers noted so far, in order, as one index and one list of failures: (done
         jobs, failures). alone: no other machine is still writing, or merging."""
-        # a picture that was deleted since cannot be trained on
-        index = [each for each in read_index(self.out) if (self.root / each["image"]).is_file()]
-        done = {(entry["image"], entry["version"]) for entry in index}
         failures = {(entry["image"], entry["version"]): entry
                     for path in sorted(self.out.glob("failures*.jsonl"))
                     for entry in read_json_lines(path, "image", "version", "error")}
+        # a picture that was deleted or spoilt since cannot be trained on
+        index = [entry for entry in read_index(self.out) if (self.root / entry["image"]).is_file()
+                 and ((entry["image"], entry["version"]) not in failures or self.is_done(entry))]
+        done = {(entry["image"], entry["version"]) for entry in index}
         failures = [failures[job] for job in sorted(failures) if job not in done]
         write_json_lines(self.out / "index.jsonl", index, f"{self.writer}-")
         if failures:
             write_json_lines(self.out / "failures.jsonl", failures, f"{self.writer}-")
+        else:
+            (self.out / "failures.jsonl").unlink(missing_ok=True)
         for part in [*self.out.glob("index-*.jsonl"), *self.out.glob("failures-*.jsonl")]:
             if alone:
                 part.unlink()
@@ -411,8 +425,8 @@ def main(args):
     if runtime.rank == 0:
         require_same_settings(out / "teacher.json", settings, free=("torch", "open_clip"))
         write_json(out / "planned.json", {"maps": len(jobs)}, f"{me}-")
-        for old in [*out.glob("failures*.jsonl"), *out.rglob(".tmp-*")] if shards == 1 else ():
-            old.unlink()
+        if shards == 1:
+            folder.tidy()
     runtime.barrier()
     folder.failures_path.unlink(missing_ok=True)
     # by place alone, so that no two writers ever have the same job, whenever they start

@@ -225,8 +225,6 @@ def parse_size(text, patch):
 
 @speaks_flags
 def main(args):
-    if min(args.batch_size, args.repeats) < 1 or args.warmup < 0:
-        raise WrongCall("--batch-size and --repeats must be at least 1, --warmup at least 0")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise WrongCall(f"--plot {args.plot}: must end in .png, .pdf or .svg")
     runtime = start_runtime(args.device, args.precision, args.seed)

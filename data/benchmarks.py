@@ -352,7 +352,7 @@ def picture_size(path):
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many types for damaged metadata
-        raise_unless_the_files_fault(error)
+        raise_unless_the_files_fault(error, path)
         raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -363,7 +363,7 @@ def read_label_ids(path, size=None):
         with Image.open(path) as picture:
             ids = np.asarray(picture)
     except Exception as error:
-        raise_unless_the_files_fault(error)
+        raise_unless_the_files_fault(error, path)
         raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
     if ids.ndim != 2:
         raise RunFailed(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")

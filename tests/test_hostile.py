@@ -228,7 +228,7 @@ STAGES = {stage.__name__: stage for stage in (extract_teacher, distill, evaluate
     ("extract_teacher", "--flip-prob 2"), ("extract_teacher", "--images="),
     ("extract_teacher", "--ratio inf inf"), ("extract_teacher", "--seed -1"),
     ("extract_teacher", f"--seed {2 ** 70}"), ("extract_teacher", "--device meta"),
-    ("extract_teacher", "--workers 0"), ("extract_teacher", "--min-side 0"),
+    ("extract_teacher", "--workers -1"), ("extract_teacher", "--min-side 0"),
     ("distill", "--lr inf"), ("distill", "--lr 1e38"), ("distill", "--lr 0"),
     ("distill", "--weight-decay inf"), ("distill", "--save-every -1"),
     ("distill", "--save-every 0"), ("distill", "--random-scale inf inf"),
