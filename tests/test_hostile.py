@@ -500,13 +500,32 @@ def test_a_full_disk_while_a_line_is_written(tmp_path, monkeypatch):
 
 def test_remains_of_a_killed_run_are_cleaned(micro, pictures, tmp_path):
     extract(micro, pictures, tmp_path / "teacher")
-    for folder in ("teacher", "teacher/features"):
-        (tmp_path / folder / ".tmp-x").write_text("cut short")
+    for name in ("teacher/.tmp-teacher.json", "teacher/features/.tmp-0.png.npy"):
+        (tmp_path / name).write_text("cut short")
     extract(micro, pictures, tmp_path / "teacher")
     train(tmp_path / "teacher", tmp_path / "spar")
     (tmp_path / "spar" / ".tmp-x").write_text("cut short")
     train(tmp_path / "teacher", tmp_path / "spar")
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_picture_that_was_spoilt_is_noted(micro, pictures, tmp_path):
+    """Its map is of a picture that is no more: neither counted nor trained on."""
+    extract(micro, pictures, tmp_path / "teacher")
+    (pictures / "1.png").write_text("no picture")
+    extract(micro, pictures, tmp_path / "teacher")
+    assert [entry["image"] for entry in read_index(tmp_path / "teacher")] == ["0.png"] * 2 + [
+        "2.png"] * 2
+    assert "1.png cannot be read" in (tmp_path / "teacher" / "failures.jsonl").read_text()
+    train(tmp_path / "teacher", tmp_path / "spar")
+
+
+def test_lines_of_separate_writers_are_newer(tmp_path):
+    entry = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
+             "crop": None, "flip": False, "grid": [4, 4]}
+    common.write_json_lines(tmp_path / "index.jsonl", [entry])
+    common.write_json_lines(tmp_path / "index-1of2.jsonl", [entry | {"grid": [5, 4]}])
+    assert read_index(tmp_path) == [entry | {"grid": [5, 4]}]
 
 
 def test_a_configuration_of_a_million_layers(tmp_path):
