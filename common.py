@@ -63,6 +63,11 @@ RANGES = {
 }
 
 
+# of library code that are flags as well
+PARAMETERS = ("backbone", "random_init", "hub_dir", "dinov3_weights", "window", "stride", "classes",
+              "background", "device")
+
+
 def check_values(args):
     """Raise WrongCall for an empty text, a number that is not finite, or one out of its range."""
     for name, value in vars(args).items():
@@ -89,7 +94,7 @@ def speaks_flags(main):
             return main(args)
         except (WrongCall, RunFailed) as error:
             text = str(error)
-            for name in vars(args):
+            for name in PARAMETERS:
                 text = text.replace(f"`{name}`", "--" + name.replace("_", "-"))
             raise type(error)(text) from error
     return stage
