@@ -167,6 +167,11 @@ def short_name(name, most=255):
     return os.fsdecode(encoded[:most - 32] + digest + encoded[-16:])
 
 
+def not_written(path, error):
+    return RunFailed(f"{path} could not be written ({error.strerror or error}); what was finished "
+                     "is kept, and the same command continues")
+
+
 @contextlib.contextmanager
 def atomic_path(path, writer=""):
     """A temporary path in path's folder, for the caller to write; on success it replaces path, on
@@ -188,8 +193,7 @@ def atomic_path(path, writer=""):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk, mostly; at path still stands the old file
-            raise RunFailed(f"{path} could not be written ({error.strerror or error}); what was "
-                            "finished is kept, and the same command continues") from error
+            raise not_written(path, error) from error
         raise
 
 
@@ -237,8 +241,7 @@ def append_json_lines(path, *entries):
             if file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise RunFailed(f"{path} could not be written ({error.strerror or error}); what was "
-                        "finished is kept, and the same command continues") from error
+        raise not_written(path, error) from error
 
 
 def read_index(folder):
