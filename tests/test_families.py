@@ -23,10 +23,11 @@ from evaluate_ovs import load_checkpoint
 
 def shaken(backbone):
     """Random initialisation leaves biases and class tokens near zero; larger values make mistakes
-    visible."""
+    visible. (open_clip leaves the last projection of a CoCa's decoder as memory was: NaN at times.)
+    """
     torch.manual_seed(1)
     for parameter in backbone.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
+        parameter.data.nan_to_num_(0, 0, 0).clamp_(-9, 9).add_(0.02 * torch.randn_like(parameter))
     return backbone
 
 
