@@ -55,11 +55,13 @@ class RunFailed(Exception):
 RANGES = {
     **dict.fromkeys(["limit", "versions", "batch_size", "save_every", "window", "epochs",
                      "long_side", "min_side", "short_side", "area", "lposs_k", "lposs_steps",
-                     "lposs_reach", "repeats"], (1, 10 ** 9)),
+                     "lposs_reach", "repeats", "k", "bank_size", "steps", "crop"], (1, 10 ** 9)),
     **dict.fromkeys(["stride", "strides", "warmup", "workers"], (0, 10 ** 9)),
     **dict.fromkeys(["crop_prob", "flip_prob"], (0, 1)),
     **dict.fromkeys(["ratio", "random_scale"], (1e-6, 1000)),
-    "seed": (0, 2 ** 63 - 1), "lr": (1e-12, 1e30), "weight_decay": (0, 1000),
+    **dict.fromkeys(["seed", "seeds"], (0, 2 ** 63 - 1)),
+    **dict.fromkeys(["temperature", "train_share"], (1e-6, 1)),
+    "lr": (1e-12, 1e30), "weight_decay": (0, 1000),
 }
 
 

@@ -18,7 +18,7 @@ Interrupted, the same command continues. What IoU is, data/scores.py says.
 import argparse
 import os
 import signal
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 
 def parameter(default, text):
@@ -148,7 +148,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
-                    atomic_path, bilinear_strips, check_window, chosen_window, command_line,
+                    atomic_path, bilinear_strips, chosen_window, command_line,
                     embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
                     label_strips, load_backbone, load_strictly, prefetch, prepare, read_json,
                     read_json_lines, read_tensors, short_name, speaks_flags, start_runtime,
@@ -995,42 +995,49 @@ def load_models(args, compare, device):
     return pretrained, student, origin
 
 
-def open_methods(args, runtime):
-    """The rows of the table, from the flags: a list of Method."""
+def plain_methods(args, runtime, strides=None):
+    """The ways to look at pictures, from the flags: a list of Method. strides: of the window, where
+    no flag says (half the window, and 24)."""
     demo_as_it_is = args.dataset in (None, "demo") and not (
         args.images or args.inference or args.backbone or args.checkpoint or args.stride)
     compare = demo_as_it_is if args.compare is None else args.compare
     if args.inference and args.compare:
         raise WrongCall("--compare shows both kinds of inference; leave --inference away")
-    if args.stride and not compare and args.inference != "sliding-window":
+    slide = compare or args.inference == "sliding-window"
+    if args.stride and not slide:
         raise WrongCall("--stride goes with --inference sliding-window or --compare")
     pretrained, student, origin = load_models(args, compare, runtime.device)
-    slider, strides = pretrained or student, []
-    if compare or args.inference == "sliding-window":
+    slider = pretrained or student
+
+    def method(name, title, backbone, stride=0):
+        window = chosen_window(backbone, args.window, stride)
+        return Method(name, title, backbone, origin, stride, window, args.batch_size,
+                      runtime.autocast)
+
+    if slide:
         window = chosen_window(slider, args.window, 1)
-        strides = list(dict.fromkeys(args.stride or [min(window) // 2, 24]))
-        for stride in strides:
-            check_window(window, stride, slider.patch)
-    anyup = None
-    if "anyup" in args.upsampler and (compare or not strides) and set(args.refine) != {"lposs+"}:
+        strides = dict.fromkeys(args.stride or strides or [min(window) // 2, 24])
+    single = [method("single-pass", "single pass", pretrained)] if pretrained else []
+    sliding = [method(f"sliding-window/{stride}", f"window, stride {stride}", slider, stride)
+               for stride in strides] if slide else []
+    spar = [method("spar", "SPAR, single pass", student)] if student else []
+    return single + sliding + spar if compare else sliding or spar or single
+
+
+def open_methods(args, runtime):
+    """The rows of the table, from the flags: a list of Method."""
+    methods, anyup = plain_methods(args, runtime), None
+    single_pass = any(not method.stride for method in methods)
+    if "anyup" in args.upsampler and single_pass and set(args.refine) != {"lposs+"}:
         anyup = AnyUp(args.anyup_model, args.hub_dir, args.random_init, runtime.device)
     lposs = Lposs(**{each.name: getattr(args, f"lposs_{each.name}") for each in fields(Lposs)})
 
-    def rows(name, title, backbone, stride=0):
-        window = chosen_window(backbone, args.window, stride)
-        pairs = [(refine, None if stride or refine == "lposs+" or upsampler != "anyup" else anyup)
-                 for refine in args.refine for upsampler in args.upsampler]
-        return [Method(name, title, backbone, origin, stride, window, args.batch_size,
-                       runtime.autocast, refine, lposs, upsampler)
+    def rows(method):
+        pairs = [(refine, None if method.stride or refine == "lposs+" or upsampler != "anyup"
+                  else anyup) for refine in args.refine for upsampler in args.upsampler]
+        return [replace(method, refine=refine, lposs=lposs, anyup=upsampler)
                 for refine, upsampler in dict.fromkeys(pairs)]
-
-    single = rows("single-pass", "single pass", pretrained) if pretrained else []
-    sliding = [row for stride in strides for row in
-               rows(f"sliding-window/{stride}", f"window, stride {stride}", slider, stride)]
-    spar = rows("spar", "SPAR, single pass", student) if student else []
-    if compare:
-        return single + sliding + spar
-    return sliding or spar or single
+    return [row for method in methods for row in rows(method)]
 
 
 def choose_rule(method, dataset, scale, threshold, area_threshold):
@@ -1076,19 +1083,24 @@ def text_hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def files_state(dataset):
+    """Path, size and date of each file of a data set, for JSON: what its counts depend on."""
+    files = [dataset.root / image for image in dataset.images] + (dataset.masks or [])
+    stats = [path.stat() if path.exists() else None for path in files]
+    return [(str(path), stat and (stat.st_size, stat.st_mtime_ns))
+            for path, stat in zip(files, stats)]
+
+
 def journal_name(settings, dataset, texts, size, method, rule):
     """The name of a row's journal, which changes with everything that its counts depend on, the
     files' sizes and dates included."""
-    files = [dataset.root / image for image in dataset.images] + (dataset.masks or [])
-    stats = [path.stat() if path.exists() else None for path in files]
     # other rows may come and go
     settings = settings | {"weights": settings["weights"][method.label], "refine": method.refine,
                            "upsampler": method.upsampler,
                            "anyup": method.anyup and settings["anyup"]}
     key = [settings, dataset.classes.names, hashlib.sha256(texts.cpu().numpy()).hexdigest(),
            str(size), method.label, [rule.logit_scale, rule.threshold, rule.area_threshold],
-           [(str(path), stat and (stat.st_size, stat.st_mtime_ns))
-            for path, stat in zip(files, stats)]]
+           files_state(dataset)]
     label = method.label.replace("/", "-").replace(" ", "")
     name = f"{Path(dataset.name).name}-{label}-{size.asked or 'own'}-{text_hash(key)[:12]}.jsonl"
     return short_name(name, 200)

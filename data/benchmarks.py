@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from common import (BACKBONES, DEMO, IGNORE, RunFailed, WrongCall, list_images, prefetch,
-                    raise_unless_the_files_fault, read_image, resize_image)
+                    raise_unless_the_files_fault, read_image, read_json, resize_image)
 
 CLASS_FILES = Path(__file__).resolve().parent / "classes"
 
@@ -140,25 +141,51 @@ class Layout:
     """Where pictures and label files lie below --data-root; {} is a picture's name.
 
     masks: patterns in order of preference, each with the kind of its label ids where it is not the
-    benchmark's own. listing: the file of the names, or None for all that match. count: of pictures.
+    benchmark's own. listing: the file of the names, or None for all that match. count: of pictures,
+    where it is known. panoptic: the JSON of its true segments, the folder of their PNG files and
+    the kind of its category ids, or None.
     """
     folder: str
     images: str
     masks: tuple
     listing: str | None
-    count: int
+    count: int | None
+    panoptic: tuple | None = None
 
 
-VOC = Layout("VOCdevkit/VOC2012", "JPEGImages/{}.jpg", (("SegmentationClass/{}.png", None),),
-             "ImageSets/Segmentation/val.txt", 1449)
-CONTEXT = Layout("VOCdevkit/VOC2010", "JPEGImages/{}.jpg",
-                 (("SegmentationClassContext/{}.png", None),),
-                 "ImageSets/SegmentationContext/val.txt", 5104)
-ADE = Layout("ADEChallengeData2016", "images/validation/{}.jpg",
-             (("annotations/validation/{}.png", None),), None, 2000)
-CITYSCAPES = Layout("cityscapes", "leftImg8bit/val/{}_leftImg8bit.png",
-                    (("gtFine/val/{}_gtFine_labelTrainIds.png", None),
-                     ("gtFine/val/{}_gtFine_labelIds.png", "cityscapes-ids")), None, 500)
+def voc(part, count, *masks):
+    return Layout("VOCdevkit/VOC2012", "JPEGImages/{}.jpg",
+                  tuple((f"{folder}/{{}}.png", None) for folder in masks),
+                  f"ImageSets/Segmentation/{part}.txt", count)
+
+
+def context(part, count):
+    return Layout("VOCdevkit/VOC2010", "JPEGImages/{}.jpg",
+                  (("SegmentationClassContext/{}.png", None),),
+                  f"ImageSets/SegmentationContext/{part}.txt", count)
+
+
+def ade(part, short, count):
+    return Layout("ADEChallengeData2016", f"images/{part}/{{}}.jpg",
+                  ((f"annotations/{part}/{{}}.png", None),), None, count,
+                  (f"ade20k_panoptic_{short}.json", f"ade20k_panoptic_{short}", "plain"))
+
+
+def cityscapes(part, count):
+    return Layout("cityscapes", f"leftImg8bit/{part}/{{}}_leftImg8bit.png",
+                  ((f"gtFine/{part}/{{}}_gtFine_labelTrainIds.png", None),
+                   (f"gtFine/{part}/{{}}_gtFine_labelIds.png", "cityscapes-ids")), None, count,
+                  (f"gtFine/cityscapes_panoptic_{part}.json", f"gtFine/cityscapes_panoptic_{part}",
+                   "cityscapes-ids"))
+
+
+# by part; "trainaug" is VOC's training set with the labels of SBD (Hariharan et al.) added
+VOC = {"val": voc("val", 1449, "SegmentationClass"),
+       "train": voc("train", 1464, "SegmentationClass"),
+       "trainaug": voc("trainaug", 10582, "SegmentationClassAug", "SegmentationClass")}
+CONTEXT = {"val": context("val", 5104), "train": context("train", None)}
+ADE = {"val": ade("validation", "val", 2000), "train": ade("training", "train", 20210)}
+CITYSCAPES = {"val": cityscapes("val", 500), "train": cityscapes("train", 2975)}
 
 
 # ---- the protocol, data set by data set and backbone by backbone ---------------------------------
@@ -212,11 +239,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """labels: kind of the label ids. short_side: of pictures before inference; None keeps theirs.
+    """layouts: by part. labels: kind of the label ids. short_side: of pictures before inference;
+    None keeps theirs.
 
     rules: thresholds by backbone; "*" is for every other one.
     """
-    layout: Layout
+    layouts: dict
     classes: int
     background: bool
     labels: str
@@ -225,7 +253,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    #                       layout      classes background label ids short side
+    #                       layouts     classes background label ids short side
     "voc21":      Benchmark(VOC,        21,     True,  "plain",        672,
                             {"*": Rule(65), "openclip": Rule(65, 0.1, 0.1)}),
     "voc20":      Benchmark(VOC,        20,     False, "zero-ignored", 672,  {"*": Rule(40)}),
@@ -271,6 +299,8 @@ class Dataset:
     classes: Classes
     size: Size = Size()  # of the protocol
     known: int | None = None  # how many pictures the data set should have
+    panoptic: dict | None = None  # (PNG file, {segment id: class}) by picture, without crowds
+    things: frozenset = frozenset()  # the classes whose segments are single objects
 
 
 def own_pictures(path, mask_root, classes, limit=None, name=None):
@@ -299,25 +329,49 @@ def demo_pictures(source=None, limit=None):
     return own_pictures(DEMO / "test" / "images", DEMO / "test" / "masks", own, limit, "demo")
 
 
-def open_benchmark(name, data_root, source=None, limit=None):
+def open_benchmark(name, data_root, source=None, limit=None, part="val", panoptic=False):
     """A benchmark as a Dataset, its pictures in a fixed order. Raises RunFailed for missing files.
 
-    source: another class file for it.
+    source: another class file for it. part: of its layouts. panoptic: with its true segments.
     """
-    benchmark, layout = BENCHMARKS[name], BENCHMARKS[name].layout
+    benchmark, layout = BENCHMARKS[name], BENCHMARKS[name].layouts[part]
     classes, root = benchmark_classes(name, source), Path(data_root) / layout.folder
     images, masks, tables = [], [], []
     by_kind = {kind: label_table(kind, benchmark.classes)
                for kind in ("plain", "zero-ignored", "cityscapes-ids")}
-    for each in picture_names(name, layout, root)[:limit]:
+    names = picture_names(name, layout, root)[:limit]
+    for each in names:
         candidates = [(root / pattern.format(each), kind or benchmark.labels)
                       for pattern, kind in layout.masks]
         mask, kind = next((pair for pair in candidates if pair[0].is_file()), candidates[-1])
         images.append(layout.images.format(each))
         masks.append(mask)
         tables.append(by_kind[kind])
+    segments, things = None, frozenset()
+    if panoptic and layout.panoptic:
+        known, things = read_panoptic(root, *layout.panoptic, benchmark.classes)
+        segments = {image: known.get(Path(each).name) for image, each in zip(images, names)}
+        for image, segment in segments.items():
+            if segment is None:
+                raise RunFailed(f"{root / layout.panoptic[0]} has no segments of {image}")
     return Dataset(name, root, images, masks, tables, classes, Size(benchmark.short_side),
-                   layout.count)
+                   layout.count, segments, things)
+
+
+def read_panoptic(root, listing, folder, kind, count):
+    """The true segments that a panoptic JSON (COCO's format) lists: ({image id: (PNG file, {segment
+    id: class})}, the classes of things). Crowds are left out. Raises RunFailed."""
+    report, table = read_json(root / listing, "the benchmark's own tool"), label_table(kind, count)
+    try:
+        classes = {each["id"]: int(table[each["id"]]) for each in report["categories"]}
+        things = {classes[each["id"]] for each in report["categories"] if each["isthing"]}
+        segments = {each["image_id"]: (root / folder / each["file_name"], {
+            segment["id"]: classes[segment["category_id"]] for segment in each["segments_info"]
+            if not segment.get("iscrowd")}) for each in report["annotations"]}
+    except (KeyError, TypeError, IndexError) as error:
+        raise RunFailed(f"{root / listing} is no panoptic JSON in COCO's format ({error!r})"
+                        ) from None
+    return segments, frozenset(things - {IGNORE, OUT_OF_RANGE})
 
 
 def picture_names(name, layout, root):
@@ -399,9 +453,40 @@ def load_sample(dataset, index):
         return None, None, str(error)
     if dataset.masks is None:
         return image, None, None
+    return image, read_labels(dataset, index, image.shape[-2:]), None
+
+
+def read_labels(dataset, index, size=None):
+    """A picture's mask as classes, (H, W) int64, checked against its size. Raises RunFailed."""
     path = dataset.masks[index]
-    ids = read_label_ids(path, image.shape[-2:])
-    return image, to_classes(ids, dataset.tables[index], path), None
+    return to_classes(read_label_ids(path, size), dataset.tables[index], path)
+
+
+def nearest_labels(labels, size):
+    """(H, W) int64 -> (*size), by the nearest pixel."""
+    resized = F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")
+    return resized[0, 0].long()
+
+
+def true_segments(dataset, index, labels):
+    """The segments of a picture with labels (H, W): (each pixel's segment, -1 for none, (H, W); the
+    class of each segment (S,)), int64. Raises RunFailed.
+
+    Where a data set tells no objects apart, all pixels of one class are one segment.
+    """
+    if dataset.panoptic is None:
+        ids, by_id = labels, {k: k for k in range(len(dataset.classes))}
+    else:
+        path, by_id = dataset.panoptic[dataset.images[index]]
+        colours = read_image(path).long()  # an id is R + 256 G + 256^2 B
+        ids = colours[0] + 256 * colours[1] + 65536 * colours[2]
+        if ids.shape != labels.shape:
+            raise RunFailed(f"{path} has another size than the mask of its picture")
+    present, segments = ids.unique(return_inverse=True)
+    owners = torch.tensor([by_id.get(each, IGNORE) for each in present.tolist()])
+    known = (owners != IGNORE) & (owners != OUT_OF_RANGE)
+    number = torch.where(known, known.cumsum(0) - 1, -1)
+    return number[segments], owners[known]
 
 
 def inspect(dataset, index, decode):
@@ -428,16 +513,19 @@ def inspect(dataset, index, decode):
 
 def check_masks(dataset, runtime, workers):
     """Stop at a bad mask now, and not after hours. An unreadable picture is met, and left out, in
-    the run itself."""
+    the run itself. Returns which label ids each mask holds, (masks, 256) bool."""
     if dataset.masks is None:
-        return
+        return None
+    present = torch.zeros(len(dataset.masks), 256)
     mine = range(runtime.rank, len(dataset.masks), runtime.world)
     inspections = prefetch(lambda k: inspect(dataset, k, decode=False), mine, workers)
     with tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask",
               leave=False, disable=runtime.rank > 0) as progress:
-        problem = next((bad_mask for _, bad_mask, _ in progress if bad_mask), None)
-    if problem:
-        raise RunFailed(f"{problem} (--check-data lists all such files)")
+        for k, (_, problem, pixels) in zip(mine, progress):
+            if problem:
+                raise RunFailed(f"{problem} (--check-data lists all such files)")
+            present[k] = torch.from_numpy(pixels > 0)
+    return runtime.add_up(present.to(runtime.device)).cpu() > 0
 
 
 def check_data(dataset, workers, whole=True):

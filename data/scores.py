@@ -32,6 +32,38 @@ def scores(confusion):
     return iou, iou.nanmean().item(), (100 * hits.sum() / confusion.sum()).item()
 
 
+def match_segments(true, predicted, areas, classes, stuff=()):
+    """What a picture's true masks, each given a class, add to panoptic quality: true positives,
+    false positives, false negatives and the sum of IoU of each class, (4, classes) float64.
+
+    true, predicted: classes of the S masks, areas: their pixels. stuff: classes of which a picture
+    has at most one segment, so that masks predicted as the same one are merged first.
+    """
+    merged = torch.isin(predicted, torch.tensor(sorted(stuff), dtype=torch.int64))
+    group = torch.where(merged, -1 - predicted, torch.arange(len(true)))
+    groups, group = group.unique(return_inverse=True)
+    sizes = torch.zeros(len(groups), dtype=torch.float64).index_add_(0, group, areas.double())
+    iou = torch.where(true == predicted, areas / sizes[group], 0)
+    hit = iou > 0.5  # at most one mask of a group
+    owners = torch.zeros_like(groups).scatter_(0, group, predicted)
+    owners = owners[~torch.isin(torch.arange(len(groups)), group[hit])]
+    counts = torch.zeros(4, classes, dtype=torch.float64)
+    for row, each in enumerate((true[hit], owners, true[~hit])):
+        counts[row] += torch.bincount(each, minlength=classes)
+    counts[3].index_add_(0, true[hit], iou[hit])
+    return counts
+
+
+def panoptic_scores(counts):
+    """(PQ of each class, nan for one without segments; mean PQ, SQ and RQ), in percent (Kirillov
+    et al., 2019). SQ of a class without a true positive is 0."""
+    hits, extra, missed, overlap = counts
+    size = torch.where(hits + extra + missed > 0, hits + (extra + missed) / 2, math.nan)
+    sq = torch.where(size.isnan(), math.nan, overlap / hits.clamp(min=1))
+    each = 100 * overlap / size
+    return each, *(value.nanmean().item() for value in (each, 100 * sq, 100 * hits / size))
+
+
 # ---- tables and plots ----------------------------------------------------------------------------
 
 def label_of(name, refine, upsampler):
@@ -97,6 +129,57 @@ def print_summary(results):
         values = ("-" if math.isnan(value) else f"{value:.1f}" for value in line)
         print(f"{label:<{width}}" + "".join(f"{value:>{cell}}" for value in values))
 
+
+# ---- probes --------------------------------------------------------------------------------------
+
+def probe_result(probe, method, dataset, draws):
+    """The entry of a probe's JSON results, from {seed: (counts, pictures)}: means over the draws.
+    Raises RunFailed where there is nothing to score."""
+    entry = {"method": method, "probe": probe, "dataset": dataset.name,
+             "images": next(iter(draws.values()))[1], "draws": len(draws)}
+
+    def add(counts, name, kind, names, score):
+        if not sum(each.sum() for each in counts):
+            raise RunFailed(f"{dataset.name}: no pixel of its masks counts; nothing to score")
+        rows = [score(each) for each in counts]
+        for key, position in names.items():
+            values = [row[position] for row in rows]
+            entry[key] = float(np.mean(values))
+            if position == names[name]:
+                entry[f"deviation{kind}"] = float(np.std(values))
+        each = torch.stack([row[0] for row in rows]).nanmean(0).tolist()
+        entry[f"per_class_{'iou' if name == 'miou' else name}"] = {
+            title: None if math.isnan(value) else value
+            for title, value in zip(dataset.classes.titles, each)}
+
+    counts = [each for each, _ in draws.values()]
+    if probe != "panoptic":
+        add(counts, "miou", "", {"miou": 1, "pixel_accuracy": 2}, scores)
+        return entry
+    for row, kind in enumerate(("", "_merged")):
+        names = {f"pq{kind}": 1, f"sq{kind}": 2, f"rq{kind}": 3}
+        add([each[row] for each in counts], f"pq{kind}", kind, names, panoptic_scores)
+    return entry
+
+
+LINES = {"knn": {"kNN, mIoU": "miou"}, "linear": {"linear, mIoU": "miou"}, "panoptic": {
+    "panoptic, PQ": "pq", "SQ": "sq", "RQ": "rq", "PQ, stuff merged": "pq_merged"}}
+
+
+def print_probes(results):
+    """A column for each method, a line for each score."""
+    methods = list(dict.fromkeys(each["method"] for each in results))
+    cell = max(20, *(len(name) + 2 for name in methods))
+    print("\n" + " " * 18 + "".join(f"{name:>{cell}}" for name in methods))
+    for probe in dict.fromkeys(each["probe"] for each in results):
+        row = {each["method"]: each for each in results if each["probe"] == probe}
+        for title, key in LINES[probe].items():
+            texts = [f"{row[name][key]:.1f}" + f" ± {row[name]['deviation']:.1f}"
+                     * (row[name]["draws"] > 1) for name in methods]
+            print(f"{title:<18}" + "".join(f"{text:>{cell}}" for text in texts))
+
+
+# ---- plots and files -----------------------------------------------------------------------------
 
 def plot(results, path):
     """mIoU against milliseconds, a line for each method through its resolutions; where there are

@@ -455,7 +455,8 @@ def test_the_protocol_is_the_published_one():
              "context60": (672, 5104, (50, 0.1, 0), (50, 0.1, 0)),
              "context59": (672, 5104, (40, 0, 0), (40, 0, 0))}
     for name, (short_side, count, rule, openclip) in table.items():
-        assert (BENCHMARKS[name].short_side, BENCHMARKS[name].layout.count) == (short_side, count)
+        benchmark = BENCHMARKS[name]
+        assert (benchmark.short_side, benchmark.layouts["val"].count) == (short_side, count)
         dataset = Dataset(name, None, [], [], [], benchmark_classes(name), Size(short_side))
 
         def chosen(origin, refine, *given):

@@ -1,0 +1,686 @@
+"""Stage 5: how good frozen patch features are without words (paper, supplement 10).
+
+kNN: each patch is labelled by the patches of training pictures that are nearest to it; nothing is
+trained. linear: a linear map from features to classes is. panoptic: the true masks are given, and
+their mean features are named, by words, kNN or the linear head.
+
+In: a student's folder (or a backbone's name), labelled pictures to learn from and others to score.
+Out: a table, the same as JSON (--json), linear heads (--heads), label maps (--save-maps).
+
+    python evaluate_probes.py                                    # the demo, in two folds
+    python evaluate_probes.py --probe knn linear --dataset ade20k --data-root /data --compare
+    python evaluate_probes.py --images few --masks masks --classes classes.txt     # in two folds
+    python evaluate_probes.py --train-images A --train-masks B --images C --masks D --classes FILE
+    python evaluate_probes.py --head runs/heads/NAME.safetensors --images photos --save-maps maps
+    torchrun --nproc-per-node 4 evaluate_probes.py --dataset cityscapes --data-root /data --compare
+
+Interrupted, the same command continues: features and finished probes are kept, a linear head in
+training too.
+"""
+import argparse
+import os
+import signal
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("probes").add_argument
+    add("--probe", nargs="+", choices=["knn", "linear", "panoptic"],
+        default=["knn", "linear", "panoptic"], help="(default: all three)")
+    add("--k", type=int, default=30, help="knn: nearest patches that vote (%(default)s)")
+    add("--temperature", type=float, default=0.02, metavar="T",
+        help="knn: of the softmax over their cosines (%(default)s)")
+    add("--bank-size", type=int, metavar="N", help="knn: keep at most N training patches, as many "
+        "of each picture, rare classes first (default: all; they are never in memory together)")
+    add("--train-share", type=float, default=1.0, metavar="P", help="knn: a random share of the "
+        "training pictures, from 0 to 1 (%(default)s; the paper: 0.5 of VOC, 0.3 of ADE20K)")
+    add("--ignored", choices=["left-out", "class0"], default="left-out", help="knn: training "
+        "pixels of 255; class0 does as open-hummingbird-eval (%(default)s)")
+    add("--steps", type=int, metavar="N", help="linear: of 16 pictures each (default: 40000 for "
+        "ade20k, 20000 for other benchmarks, else 60)")
+    add("--lr", type=float, metavar="X", help="linear: AdamW's first learning rate, which falls to "
+        "0 (default: 1e-4 for benchmarks, else 1e-2, for few steps)")
+    add("--crop", type=int, metavar="N", help="linear: random crops of N pixels with colour jitter "
+        "and scales of 0.5 to 2, and windows of N at test time (the paper's repository resolution: "
+        "512, Cityscapes 1024; default: whole pictures at their own size)")
+    add("--classifier", choices=["text", "knn", "linear"], default="text",
+        help="panoptic: what names a mask (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N",
+        help="one draw each of what is random: their mean and deviation are shown (%(default)s)")
+    add = parser.add_argument_group("what to evaluate").add_argument
+    add("--checkpoint", help="a student: a folder that distill.py wrote (default: runs/spar); or, "
+        "with --backbone, a file with an official SPAR state dict")
+    add("--backbone", help="evaluate this pre-trained model instead, by any name that "
+        "evaluate_ovs.py takes")
+    add("--random-init", action="store_true", help="the architecture without weights, for tests")
+    add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
+    add("--stride", type=int, nargs="+", metavar="N", help="pixels between sliding windows, whose "
+        "features are stitched (default: 24)")
+    add("--window", type=int, metavar="N", help="side of the sliding window (default: native)")
+    add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
+        "pre-trained sliding window and student in one table (default: on for the demo)")
+    add("--hub-dir", metavar="DIR", help="dinov3txt: use this clone of "
+        "github.com/facebookresearch/dinov3")
+    add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"), help="dinov3txt: its two files")
+    add = parser.add_argument_group("on what").add_argument
+    add("--dataset", metavar="NAME", help="demo (default, unless --images is given), voc21, voc20, "
+        "cityscapes, ade20k, context60 or context59, with its training pictures")
+    add("--data-root", default="data", metavar="DIR", help="of the benchmarks (%(default)s)")
+    add("--check-data", action="store_true", help="only look at the files of both parts")
+    add("--images", metavar="DIR", help="own pictures to score")
+    add("--masks", metavar="DIR", help="their label masks: PNG files of the same relative names")
+    add("--train-images", metavar="DIR", help="own pictures to learn from (default: two folds over "
+        "--images, each learnt from the other)")
+    add("--train-masks", metavar="DIR", help="their label masks")
+    add("--classes", metavar="FILE|NAMES", help="a file with one class a line, or names")
+    add("--limit", type=int, metavar="N", help="the first N pictures only, to learn and to score")
+    add("--head", metavar="FILE", help="train nothing: label --images by this linear head, into "
+        "--save-maps (runs/maps)")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--json", metavar="FILE", help="write the results with every setting to FILE")
+    add("--save-maps", metavar="DIR", help="label maps, overlays and PCAs of knn and linear")
+    add("--heads", default="runs/heads", metavar="DIR", help="linear heads (%(default)s)")
+    add("--keep-features", default="auto", metavar="{auto,off,DIR}", help="float16 features on a "
+        "disk, which each probe reads: in DIR, which the next run finds; in --state, until a "
+        "method is done, if there is room; or nowhere: each probe encodes anew (%(default)s)")
+    add("--state", metavar="DIR", default="runs/probes",
+        help="what an unfinished run has done, one folder for all processes (%(default)s)")
+    add = parser.add_argument_group("with what").add_argument
+    add("--batch-size", type=int, default=60, help="most windows per forward pass (%(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="threads that read ahead (default: one a core, at most 8)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the "
+        "backbone (%(default)s: fp16 on a GPU, fp32 on a CPU); probes compute in fp32")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
+    ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from common import (IGNORE, RunFailed, WrongCall, atomic_path, bilinear_strips, command_line,
+                    embed_texts, first_line, nearest_multiple, prefetch, read_image, read_json,
+                    speaks_flags, start_runtime, weights_hash, write_json)
+from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, nearest_labels,
+                             own_pictures, picture_size, read_labels, true_segments)
+from data.crops import crop_logits, random_crop
+from data.drawing import save_maps
+from data.features import Features, keep_features, name_absent, open_folds
+from data.scores import confusion_matrix, match_segments, print_probes, probe_result
+from evaluate_ovs import files_state, label_map, plain_methods, text_hash
+
+# ---- kNN: in-context segmentation, as open-hummingbird-eval 2.0 but for its defects --------------
+
+@dataclass(frozen=True)
+class Knn:
+    """k patches vote, by the softmax of their cosines over a temperature. bank_size: patches to be
+    kept (None for all); train_share: of the training pictures, drawn at random; ignored: "class0"
+    takes pixels of 255 for class 0, "left-out" for none."""
+    k: int = 30
+    temperature: float = 0.02
+    bank_size: int | None = None
+    train_share: float = 1.0
+    ignored: str = "left-out"
+
+    def draw(self, indices, seed):
+        """The training pictures of a draw."""
+        count = max(1, round(self.train_share * len(indices)))
+        kept = np.random.default_rng(seed).permutation(len(indices))[:count]
+        return [indices[k] for k in sorted(kept)]
+
+
+def patch_shares(labels, grid, patch, count, ignored="left-out"):
+    """Which share of each patch's pixels is of each class: (H, W) int64 -> (h * w, count) float32.
+    """
+    (height, width), labels = grid, nearest_labels(labels, [side * patch for side in grid])
+    if ignored == "class0":
+        labels = labels.where(labels != IGNORE, 0)
+    cells = labels.view(height, patch, width, patch).transpose(1, 2).reshape(height * width, -1)
+    cells = cells.where(cells != IGNORE, count)  # a class that is cut off
+    shares = torch.zeros(len(cells), count + 1)
+    return shares.scatter_add_(1, cells, torch.ones(cells.shape))[:, :count] / patch ** 2
+
+
+def rare_patches(shares, most, generator):
+    """The numbers of at most so many patches of a picture: those with the smallest sum, over a
+    patch's classes, of how many patches hold that class, times a random number from 0 to 1."""
+    present = (shares > 0).float()
+    score = (present @ present.sum(0)) * torch.rand(len(shares), generator=generator)
+    return score.topk(min(most, len(score)), largest=False).indices.sort().values
+
+
+def bank(features, indices, knn, seed, rows=2 ** 16):
+    """The labelled patches of training pictures, some `rows` at a time: (unit vectors (R, D)
+    float32, their shares of classes (R, K) float16)."""
+    count, most = len(features.dataset.classes), None
+    if knn.bank_size:
+        most = max(1, knn.bank_size // len(indices))
+    chunk, held = [], 0
+    for index, each in features.stream(indices):
+        labels = read_labels(features.dataset, index)
+        shares = patch_shares(labels, each.shape[:2], features.patch, count, knn.ignored)
+        kept = shares.any(1).nonzero()[:, 0]
+        if most:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            kept = kept[rare_patches(shares[kept], most, generator)]
+        vectors = each.flatten(0, 1)[kept.to(each.device)]
+        chunk.append((F.normalize(vectors.float(), dim=-1), shares[kept].half()))
+        held += len(kept)
+        if held >= rows:
+            yield tuple(map(torch.cat, zip(*chunk)))
+            chunk, held = [], 0
+    if held:
+        yield tuple(map(torch.cat, zip(*chunk)))
+
+
+def nearest(queries, chunks, k, block=1024):
+    """The k largest cosines of each query in a bank that comes in chunks (R, D), and their rows in
+    it: (Q, k) float32, (Q, k) int64; where the bank has fewer, -inf and 0.
+
+    queries: (Q, D) unit vectors. Exact: each chunk's best are merged with those before.
+    """
+    best = torch.full((len(queries), k), -torch.inf, device=queries.device)
+    rows = torch.zeros(best.shape, dtype=torch.int64, device=queries.device)
+    before = 0
+    for chunk in chunks:
+        for first in range(0, len(queries), block):
+            some = slice(first, first + block)
+            cosines = queries[some].float() @ chunk.T  # (q, R)
+            cosines, found = cosines.topk(min(k, len(chunk)))
+            best[some], order = torch.cat([best[some], cosines], 1).topk(k)
+            rows[some] = torch.cat([rows[some], before + found], 1).gather(1, order)
+        before += len(chunk)
+    return best, rows
+
+
+def vote(cosines, shares, temperature):
+    """Labels by neighbours: cosines (Q, k), their shares (Q, k, K) -> (Q, K) float32."""
+    weights = (cosines / temperature).softmax(-1)
+    return (weights[:, None] @ shares.to(weights.device).float())[:, 0]
+
+
+def neighbours(queries, chunks, k):
+    """nearest, for a bank of (vectors, shares): a function of a slice of the queries, to their
+    cosines and the shares of their neighbours. Raises RunFailed for an empty bank."""
+    shares = []
+
+    def vectors():
+        for chunk, labels in chunks:
+            shares.append(labels)
+            yield chunk
+    cosines, rows = nearest(queries, vectors(), k)
+    if not shares:
+        raise RunFailed("no pixel of the training masks counts, so there is nothing to learn from")
+    shares = torch.cat(shares)
+    if len(shares) < k:
+        tqdm.write(f"there are {len(shares)} to learn from, fewer than --k {k}; all of them vote")
+    return lambda some: (cosines[some], shares[rows[some].cpu()])
+
+
+# ---- linear: one map D -> K on each patch, as benchmark-vfm-ss trains it -------------------------
+
+@dataclass(frozen=True)
+class Training:
+    """Of the linear head: AdamW from lr by (1 - t / steps)^0.9, no warm-up; a step is the mean of
+    some pictures' means. crop: side of random crops, or None for whole pictures."""
+    steps: int
+    lr: float
+    crop: int | None = None
+    weight_decay: float = 0.05
+    pictures: int = 16
+
+    def schedule(self, indices, seed):
+        """(index, flip) of the pictures of all steps, shuffled anew for each epoch."""
+        rng, needed = np.random.default_rng(seed), self.steps * self.pictures
+        order = np.concatenate([rng.permutation(len(indices))
+                                for _ in range(math.ceil(needed / len(indices)))])
+        return [(indices[k], bool(flip)) for k, flip in zip(order, rng.random(needed) < 0.5)]
+
+
+def picture_loss(head, features, labels):
+    """Cross-entropy of bilinearly enlarged logits, averaged over the pixels that count (0 where
+    there are none): features (h, w, D), labels (H, W)."""
+    logits = head(features.float()).permute(2, 0, 1)[None]
+    logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels[None], ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def train_head(head, batches, encode, training, runtime, state):
+    """Train a linear head; `state` is a file to continue from.
+
+    batches: a function of the first step, to the (loaded, labels (H, W)) of this process in each
+    step from there on; encode: loaded -> (h, w, D).
+    """
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=training.weight_decay)
+    start, saved = 0, time.monotonic()
+    if state.is_file():
+        try:
+            before = torch.load(state, map_location=runtime.device, weights_only=True)
+            head.load_state_dict(before["head"])
+            optimizer.load_state_dict(before["optimizer"])
+            start = before["step"]
+        except Exception as error:  # torch raises many types for a damaged file
+            raise RunFailed(f"{state} is no state of a linear head ({first_line(error)}); delete "
+                            "it, and the head is trained anew") from None
+    runtime.barrier()  # all have read it
+    steps = tqdm(range(start, training.steps), initial=start, total=training.steps, unit="step",
+                 desc="linear head", disable=runtime.rank > 0, leave=False)
+    for step, batch in zip(steps, batches(start)):
+        for parameter in head.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for loaded, labels in batch:
+            loss = picture_loss(head, encode(loaded), labels.to(runtime.device))
+            (loss / training.pictures).backward()
+        for parameter in head.parameters():
+            runtime.add_up(parameter.grad)
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr * (1 - step / training.steps) ** 0.9
+        optimizer.step()
+        if runtime.rank == 0 and time.monotonic() - saved > 30:
+            with atomic_path(state) as temporary:
+                torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": step + 1}, temporary)
+            saved = time.monotonic()
+
+
+def save_head(path, head, about):
+    with atomic_path(path) as temporary:
+        save_file({key: value.cpu() for key, value in head.state_dict().items()}, temporary,
+                  {"probe": json.dumps(about)})
+
+
+def read_head(path, device):
+    """(linear head, what its file says about it). Raises RunFailed."""
+    try:
+        with safe_open(path, "pt", str(device)) as file:
+            about = json.loads(file.metadata()["probe"])
+            weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+        head = torch.nn.Linear(*weight.shape[::-1], device=device)
+        head.load_state_dict({"weight": weight, "bias": bias})
+    except FileNotFoundError:
+        raise RunFailed(f"{path} does not exist; --probe linear writes one") from None
+    except Exception as error:  # safetensors raises its own types
+        raise RunFailed(f"{path} is no linear head of evaluate_probes.py ({first_line(error)})"
+                        ) from None
+    return head.requires_grad_(False), about
+
+
+# ---- panoptic: true masks, named by their mean feature -------------------------------------------
+
+def pool(features, segments, count):
+    """Mean feature of each of `count` segments, each patch weighted by the pixels of the segment in
+    it, and their areas: (h, w, D), (H, W) numbers (-1 for none) -> (count, D), (count,)."""
+    (height, width), (rows, columns) = features.shape[:2], segments.shape
+    patches = (torch.arange(rows) * height // rows)[:, None] * width
+    patches = patches + torch.arange(columns) * width // columns  # of each pixel
+    inside = segments >= 0
+    pixels = torch.zeros(count * height * width)
+    pixels.index_add_(0, segments[inside] * height * width + patches[inside],
+                      torch.ones(int(inside.sum())))
+    pixels = pixels.view(count, -1).to(features.device)
+    areas = pixels.sum(1)
+    return pixels @ features.flatten(0, 1).float() / areas[:, None], areas.cpu()
+
+
+def segments_of(features, indices):
+    """Mean features (S, D), classes (S,) and areas (S,) of the true segments of each picture."""
+    for index, each in features.stream(indices):
+        labels = read_labels(features.dataset, index)
+        segments, classes = true_segments(features.dataset, index, labels)
+        yield *pool(each, segments, len(classes)), classes
+
+
+# ---- one method's probes -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Plan:
+    """What is probed, and how."""
+    knn: Knn
+    training: Training
+    classifier: str
+    texts: torch.Tensor | None  # (N, D) unit vectors of the class names, for classifier "text"
+
+    def draws(self, probe, seeds):
+        """The seeds that make a difference."""
+        probe = self.classifier if probe == "panoptic" else probe
+        sampled = self.knn.train_share < 1 or self.knn.bank_size
+        return seeds if probe == "linear" or probe == "knn" and sampled else seeds[:1]
+
+
+class Prober:
+    """The probes of one method on one fold by one seed. Each returns what this process counted, and
+    in how many pictures.
+
+    features: of the pictures to learn from and of those to score. state: a path without its ending,
+    for what an unfinished run keeps; maps: a folder for label maps, or None.
+    """
+
+    def __init__(self, plan, fold, seed, features, runtime, state, maps=None):
+        self.plan, self.fold, self.seed, self.runtime = plan, fold, seed, runtime
+        self.train, self.test = features
+        self.state, self.maps = state, maps
+        self.classes = fold.test.classes
+        self.mine = fold.score[runtime.rank::runtime.world]
+
+    def knn(self):
+        """In-context segmentation: a confusion matrix."""
+        grids, queries = {}, [torch.zeros(0, self.test.dim, device=self.test.device)]
+        for index, features in self.test.stream(self.mine):
+            grids[index] = features.shape[:2]
+            queries.append(F.normalize(features.flatten(0, 1).float(), dim=-1).half())
+        knn, queries = self.plan.knn, torch.cat(queries)
+        chunks = bank(self.train, knn.draw(self.fold.learn, self.seed), knn, self.seed)
+        found = neighbours(queries, chunks, knn.k)
+
+        def votes():
+            first = 0
+            for index, grid in grids.items():
+                some = slice(first, first := first + math.prod(grid))
+                yield index, vote(*found(some), knn.temperature).view(*grid, -1)
+        return self.score(votes())
+
+    def linear(self):
+        """The linear head: a confusion matrix."""
+        return self.score(logits_of(self.head(), self.test, self.mine, self.plan.training.crop))
+
+    def panoptic(self):
+        """True masks, named: match_segments' counts, as they are and with stuff merged (2, 4, K).
+        """
+        dataset, count = self.test.dataset, len(self.classes)
+        tested = list(segments_of(self.test, self.mine))
+        vectors = torch.cat([torch.zeros(0, self.test.dim, device=self.test.device),
+                             *(each for each, _, _ in tested)])
+        predicted = self.name_segments(vectors).split([len(classes) for _, _, classes in tested])
+        counts, stuff = torch.zeros(2, 4, count), set(range(count)) - dataset.things
+        for (_, areas, true), named in zip(tested, predicted):
+            for row, merged in enumerate([(), stuff]):
+                counts[row] += match_segments(true, named, areas, count, merged)
+        return counts, len(tested)
+
+    def name_segments(self, vectors):
+        """Mean features (S, D) -> classes (S,), by the plan's classifier."""
+        if self.plan.classifier == "linear":
+            return self.head()(vectors).argmax(1).cpu()
+        vectors = F.normalize(vectors, dim=-1)
+        if self.plan.classifier == "text":
+            return self.classes.owner[(vectors @ self.plan.texts.T).argmax(1).cpu()]
+        knn, count = self.plan.knn, len(self.classes)
+        learnt = segments_of(self.train, knn.draw(self.fold.learn, self.seed))
+        chunks = ((F.normalize(each, dim=-1), F.one_hot(classes, count).half())
+                  for each, _, classes in learnt)
+        found = neighbours(vectors, chunks, knn.k)
+        return vote(*found(slice(None)), knn.temperature).argmax(1).cpu()
+
+    def score(self, items):
+        """The confusion matrix of pictures, from the (index, logits (h, w, K)) of each."""
+        count, pictures = len(self.classes), 0
+        confusion = torch.zeros(count, count, dtype=torch.int64)
+        for index, logits in items:
+            labels = read_labels(self.test.dataset, index)
+            predicted = plain_labels(logits, labels.shape)
+            confusion += confusion_matrix(labels, predicted, count)
+            pictures += 1
+            if self.maps:
+                draw(self.maps, self.test, index, predicted, self.classes)
+        return confusion, pictures
+
+    def head(self):
+        """The linear head, trained unless it was before."""
+        path = self.state.with_name(self.state.name + "-head.safetensors")
+        if not path.is_file():
+            torch.manual_seed(self.seed)
+            head = torch.nn.Linear(self.train.dim, len(self.classes)).to(self.train.device)
+            train_head(head, self.batches, self.train.encode, self.plan.training, self.runtime,
+                       path.with_suffix(".pt"))
+            if self.runtime.rank == 0:
+                save_head(path, head, describe_head(self.train, self.plan.training))
+            self.runtime.barrier()
+        return read_head(path, self.train.device)[0]
+
+    def batches(self, start):
+        """This process's (map or pixels, labels) of each step from `start` on, read ahead."""
+        training, runtime = self.plan.training, self.runtime
+        schedule = training.schedule(self.fold.learn, self.seed)
+
+        def sample(place):
+            index, flip = schedule[place]
+            labels = read_labels(self.train.dataset, index)
+            labels = labels.flip(-1) if flip else labels
+            if training.crop:
+                image = self.train.pixels(index, flip)
+                return (None, None) if image is None else random_crop(
+                    image, labels, training.crop, np.random.default_rng([self.seed, place]))
+            sides = [nearest_multiple(side, self.train.patch) for side in labels.shape]
+            return self.train.load(index, flip), nearest_labels(labels, sides)
+
+        def batch(step):
+            first, last = step * training.pictures, (step + 1) * training.pictures
+            samples = map(sample, range(first + runtime.rank, last, runtime.world))
+            return [each for each in samples if each[0] is not None and each[0].numel()]
+        return prefetch(batch, range(start, training.steps), self.train.workers)
+
+
+def logits_of(head, features, indices, crop):
+    """(index, logits (h, w, K)) of pictures, by a linear head on whole pictures or on windows."""
+    if not crop:
+        for index, each in features.stream(indices):
+            yield index, head(each.float())
+        return
+    for index, image in zip(indices, prefetch(features.pixels, indices, features.workers)):
+        if image is not None:
+            yield index, crop_logits(head, features.encode, image, crop)
+
+
+def plain_labels(logits, size):
+    """(h, w, K) -> the largest of each pixel, enlarged bilinearly: (*size) int64."""
+    owner = torch.arange(logits.shape[-1])
+    return label_map(bilinear_strips(logits, size), size, owner).cpu()
+
+
+def draw(folder, features, index, labels, classes):
+    image = read_image(features.dataset.root / features.dataset.images[index])
+    each = features.encode(features.load(index)).float()
+    save_maps(folder, features.dataset.images[index], image, labels, each, classes)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def choose_training(args):
+    """The linear probe's settings: published for benchmarks, else for few pictures and steps."""
+    published = dict.fromkeys(BENCHMARKS, 20_000) | {"ade20k": 40_000}
+    steps = args.steps or published.get(args.dataset, 60)
+    return Training(steps, args.lr or (1e-4 if args.dataset in published else 1e-2), args.crop)
+
+
+def describe_head(features, training):
+    """What a linear head's file says of it."""
+    method, classes = features.method, features.dataset.classes
+    return {"method": method.name, "backbone": method.origin, "stride": method.stride,
+            "window": method.stride and list(method.window), "weights": weights_hash(
+                method.backbone), "crop": training.crop, "classes": classes.names}
+
+
+def apply_head(args, runtime):
+    """--head: label maps of own pictures. Raises WrongCall or RunFailed."""
+    if not args.images or args.masks:
+        raise WrongCall("--head labels --images, without --masks")
+    head, about = read_head(args.head, runtime.device)
+    methods, classes = plain_methods(args, runtime), Classes(about["classes"])
+    features = Features(methods[0], own_pictures(args.images, None, classes, args.limit),
+                        workers=args.workers)
+    if len(methods) > 1 or head.in_features != features.dim:
+        raise RunFailed(f"{args.head} takes {head.in_features} features, the backbone has "
+                        f"{features.dim}" if len(methods) == 1 else "--head takes one method")
+    now = describe_head(features, Training(1, 1, about["crop"]))
+    folder = args.save_maps or "runs/maps"
+    for key in ("weights", "stride", "window"):
+        if now[key] != about[key]:
+            raise RunFailed(f"{args.head} was trained on features of {about['method']} of "
+                            f"{about['backbone']}; {key} was {about[key]!r} and is {now[key]!r}")
+    dataset = features.dataset
+    mine = range(runtime.rank, len(dataset.images), runtime.world)
+    items = logits_of(head, features, mine, about["crop"])
+    for index, logits in tqdm(items, total=len(mine), unit="map", disable=runtime.rank > 0):
+        size = picture_size(dataset.root / dataset.images[index])
+        draw(Path(folder), features, index, plain_labels(logits, size), classes)
+    print(f"maps in {folder}")
+
+
+def needed(folds, plan, seeds):
+    """The maps that all probes read: {a data set's id: (it, sorted (index, flip))}."""
+    jobs = {}
+    for probe, some in folds.items():
+        trained = probe == "linear" or probe == "panoptic" and plan.classifier == "linear"
+        flips = (False, True) if trained and not plan.training.crop else (False,)
+        for fold in some:
+            draws = [plan.knn.draw(fold.learn, seed) for seed in seeds]
+            learnt = fold.learn if probe != "knn" else {k for draw in draws for k in draw}
+            for dataset, each in ((fold.test, [(k, False) for k in fold.score]),
+                                  (fold.train, [(k, flip) for k in learnt for flip in flips])):
+                jobs.setdefault(id(dataset), (dataset, set()))[1].update(each)
+    return {key: (dataset, sorted(some)) for key, (dataset, some) in jobs.items()}
+
+
+def probe_method(method, folds, plan, args, runtime, state):
+    """Every probe of a method on every fold by every seed: {probe: {seed: (counts, pictures)}}."""
+    label, jobs = method.name.replace("/", "-"), needed(folds, plan, args.seeds)
+    units = [(probe, seed, k, state / f"{label}-{probe}-{seed}-{k}.json")
+             for probe, some in folds.items() for seed in plan.draws(probe, args.seeds)
+             for k in range(len(some))]
+    todo = {path for *_, path in units if not path.is_file()}
+    runtime.barrier()  # all have looked
+    sources = {key: Features(method, dataset, None, args.workers)
+               for key, (dataset, _) in jobs.items()}
+    if todo:
+        need = sum(sources[key].bytes(some) for key, (_, some) in jobs.items())
+        folder = keep_features(args.keep_features, state / f"{label}-features", need, runtime)
+    for key, (dataset, some) in jobs.items() if todo and folder else ():
+        look = [weights_hash(method.backbone), method.stride, method.window, runtime.precision]
+        sources[key].folder = folder / text_hash([look, files_state(dataset)])[:12]
+        sources[key].fill(some, runtime)
+    runtime.barrier()
+    for probe, seed, k, path in (unit for unit in units if unit[-1] in todo):
+        fold, maps = folds[probe][k], args.save_maps and Path(args.save_maps) / label / probe
+        counts, images = PROBES[probe](Prober(
+            plan, fold, seed, (sources[id(fold.train)], sources[id(fold.test)]), runtime,
+            path.with_suffix("").with_name(f"{label}-{seed}-{k}"), maps))
+        counts = runtime.add_up(counts.double().to(runtime.device)).tolist()
+        images = int(runtime.total(images))
+        if runtime.rank == 0:
+            write_json(path, {"counts": counts, "images": images})
+    runtime.barrier()
+    if runtime.rank == 0:
+        shutil.rmtree(state / f"{label}-features", ignore_errors=True)
+    counted = {}
+    for probe, seed, _, path in units:
+        unit = read_json(path, "the same command", ("counts", "images"))
+        seeds = counted.setdefault(probe, {})
+        before, images = seeds.get(seed, (0, 0))
+        seeds[seed] = (before + torch.tensor(unit["counts"]).double(), images + unit["images"])
+    return counted
+
+
+PROBES = {"knn": Prober.knn, "linear": Prober.linear, "panoptic": Prober.panoptic}
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def check_flags(args):
+    """Raise WrongCall for flags that can be seen to be wrong by themselves."""
+    if args.json and Path(args.json).suffix != ".json":
+        raise WrongCall(f"--json {args.json}: must end in .json")
+    if args.crop and "linear" not in (*args.probe, args.classifier):
+        raise WrongCall("--crop goes with --probe linear")
+
+
+def copy_heads(state, folder, dataset):
+    """Finished linear heads to where users look for them."""
+    heads = sorted(state.glob("*-head.safetensors"))
+    for path in heads:
+        to = Path(folder) / f"{Path(dataset).name}-{path.name}"
+        with atomic_path(to) as temporary:
+            shutil.copyfile(path, temporary)
+    if heads:
+        print(f"{len(heads)} linear heads in {folder}")
+
+
+@speaks_flags
+def main(args):
+    check_flags(args)
+    if args.head:
+        return apply_head(args, start_runtime(args.device, args.precision))
+    folds = open_folds(args)
+    datasets = {id(each): each for some in folds.values() for fold in some
+                for each in (fold.train, fold.test)}
+    if args.check_data:
+        if sum(check_data(each, args.workers, args.limit is None) for each in datasets.values()):
+            raise RunFailed("the data has the problems listed above")
+        return
+    runtime = start_runtime(args.device, args.precision)
+    methods, training = plain_methods(args, runtime, [24]), choose_training(args)
+    present = {key: check_masks(each, runtime, args.workers).numpy()
+               for key, each in datasets.items()}
+    test, texts = next(iter(folds.values()))[0].test, None
+    if "panoptic" in args.probe and args.classifier == "text":
+        # the student's text tower is the pre-trained one
+        texts = embed_texts(methods[-1].backbone, test.classes.flat)
+    knn = Knn(args.k, args.temperature, args.bank_size, args.train_share, args.ignored)
+    plan = Plan(knn, training, args.classifier, texts)
+    settings = {
+        "backbone": methods[0].origin, "random_init": args.random_init,
+        "checkpoint": args.checkpoint or (None if args.backbone else "runs/spar"),
+        "weights": {each.name: weights_hash(each.backbone) for each in methods},
+        "window": args.window, "knn": asdict(knn), "linear": asdict(training),
+        "classifier": args.classifier, "seeds": args.seeds, "limit": args.limit,
+        "precision": runtime.precision, "torch": torch.__version__,
+        "open_clip": open_clip.__version__, "timm": timm.__version__}
+    state = Path(args.state) / text_hash([settings, test.classes.names, args.save_maps, [
+        files_state(each) for each in datasets.values()]])[:12]
+    if runtime.rank == 0:
+        if args.random_init:
+            print("RANDOM WEIGHTS (--random-init): scores mean nothing")
+        state.mkdir(parents=True, exist_ok=True)
+        name_absent(folds, present)
+    if "linear" in args.probe and not training.crop and runtime.rank == 0:
+        print(f"linear: {training.steps} steps on whole pictures and their flips, without colour "
+              "jitter")
+    results = []
+    for method in methods:
+        counted = probe_method(method, folds, plan, args, runtime, state)
+        results += [probe_result(probe, method.name, test, draws)
+                    for probe, draws in counted.items()]
+    if runtime.rank > 0:
+        return
+    print_probes(results)
+    copy_heads(state, args.heads, test.name)
+    if args.save_maps:
+        print(f"maps in {args.save_maps}")
+    if args.json:
+        settings |= {"device": str(runtime.device), "processes": runtime.world,
+                     "classes": test.classes.names}
+        write_json(args.json, {"dataset": test.name, "results": results, "settings": settings})
+        print(f"results in {args.json}")
+    shutil.rmtree(state)
+
+
+if __name__ == "__main__":
+    command_line(main, ARGS)

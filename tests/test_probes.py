@@ -1,0 +1,476 @@
+"""evaluate_probes.py: each probe against a naive version in float64 or a library's own, and the
+stage as users run it."""
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import f1_score
+from sklearn.neighbors import NearestNeighbors
+
+import evaluate_probes
+from common import ROOT, RunFailed, WrongCall, start_runtime
+from data.benchmarks import (open_benchmark, own_pictures, read_classes, read_labels,
+                             true_segments)
+from data.crops import crop_logits, random_crop
+from data.features import Features, Fold
+from data.scores import match_segments, panoptic_scores
+from evaluate_ovs import Method
+from evaluate_probes import (Knn, Plan, Prober, Training, bank, nearest, patch_shares, pool,
+                             rare_patches, train_head, vote)
+
+CLASSES = "sky, grass | lawn, red ball, house"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Eight pictures of other sizes and masks of blocks that share their colours, two folders;
+    class 3 is in the last two alone, and the first mask is ignored but for a corner."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(3)
+    colours = np.array([[90, 140, 230], [60, 170, 60], [220, 40, 40], [150, 110, 80]])
+    for k in range(8):
+        height, width = (int(side) for side in rng.integers(70, 130, 2))
+        blocks = rng.integers(0, 3 if k < 6 else 4, (3, 4))
+        labels = np.kron(blocks, np.ones((45, 35), int))[:height, :width]
+        pixels = colours[labels] + rng.normal(0, 12, (*labels.shape, 3))
+        labels[rng.uniform(size=labels.shape) < 0.05] = 255
+        if k == 0:
+            labels[20:] = 255
+        for name, array in (("images", pixels.clip(0, 255)), ("masks", labels)):
+            (folder / name).mkdir(exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(folder / name / f"{k}.png")
+    return folder / "images", folder / "masks"
+
+
+@pytest.fixture(scope="module")
+def features(backbone, labelled):
+    return Features(Method("single-pass", "", backbone, "micro"),
+                    own_pictures(*labelled, read_classes(CLASSES)))
+
+
+def prober(features, seed=0, texts=None, **settings):
+    fold = Fold(features.dataset, [0, 1, 2, 6], features.dataset, [3, 4, 5, 7])
+    plan = Plan(Knn(**settings), Training(2, 1e-2), "text", texts)
+    return Prober(plan, fold, seed, (features, features), start_runtime("cpu"), None)
+
+
+# ---- kNN -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sizes", [[500], [40, 1, 300, 159], [3, 4]])
+def test_nearest_equals_scikit_learns(sizes):
+    rng = torch.Generator().manual_seed(1)
+    queries, rows = (F.normalize(torch.randn(n, 16, generator=rng), dim=-1)
+                     for n in (70, sum(sizes)))
+    cosines, found = nearest(queries, iter(rows.split(sizes)), 12, block=32)
+    k = min(12, len(rows))
+    distances, expected = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(
+        rows.double().numpy()).kneighbors(queries.double().numpy())
+    assert np.allclose(cosines[:, :k], 1 - distances, atol=1e-6)
+    assert (np.sort(found[:, :k]) == np.sort(expected)).all()
+    assert cosines[:, k:].eq(-torch.inf).all()  # which have no vote
+    weights = vote(cosines, torch.eye(len(rows))[found], 0.1)
+    assert torch.allclose(weights.sum(1), torch.ones(70), atol=1e-6)
+
+
+@pytest.mark.parametrize("size, grid", [((48, 80), (3, 5)), ((50, 71), (3, 4)), ((9, 16), (1, 1))])
+def test_patch_shares_equal_counting_pixel_by_pixel(size, grid):
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 4, size))
+    labels[labels == 3] = 255
+    labels[:, :20] = 255
+    for ignored in ("left-out", "class0"):
+        expected = torch.zeros(*grid, 3)
+        for y in range(grid[0] * 16):
+            for x in range(grid[1] * 16):
+                label = int(labels[int((y + 0.5) * size[0] / (grid[0] * 16)),
+                                   int((x + 0.5) * size[1] / (grid[1] * 16))])
+                if label == 255 and ignored == "class0":
+                    label = 0
+                if label != 255:
+                    expected[y // 16, x // 16, label] += 1 / 256
+        assert torch.equal(patch_shares(labels, grid, 16, 3, ignored), expected.flatten(0, 1))
+
+
+def test_a_bounded_bank_favours_rare_classes():
+    shares = torch.zeros(100, 3)
+    shares[:, 0] = 1
+    shares[7, 1], shares[8:12, 2] = 0.5, 0.5
+    kept = torch.cat([rare_patches(shares[:, :], 10, torch.Generator().manual_seed(k))
+                      for k in range(50)])
+    assert len(kept) == 500 and len(rare_patches(shares, 1000, None)) == 100
+    only = torch.zeros(100, 3)
+    only[:, 0], only[7] = 1, torch.tensor([0, 1.0, 0])
+    for k in range(20):  # 99 u against 1 u
+        generator = torch.Generator().manual_seed(k)
+        drawn = torch.rand(100, generator=torch.Generator().manual_seed(k))
+        score = torch.where(only[:, 1] > 0, 1, 99) * drawn
+        kept = rare_patches(only, 10, generator)
+        assert kept.tolist() == sorted(score.topk(10, largest=False).indices.tolist())
+
+
+@pytest.mark.parametrize("settings", [{}, {"k": 5}, {"bank_size": 40}, {"k": 10_000},
+                                      {"ignored": "class0"}])
+def test_knn_equals_brute_force(features, settings):
+    confusion, pictures = prober(features, **settings).knn()
+    knn = Knn(**settings)
+    vectors, shares = map(torch.cat, zip(*bank(features, [0, 1, 2, 6], knn, 0, rows=7)))
+    if not knn.bank_size:  # every labelled patch is there
+        counts = [(read_labels(features.dataset, k) != 255).sum() for k in (0, 1, 2, 6)]
+        assert abs(shares.float().sum() * 256 / sum(counts) - 1) < 0.3 or knn.ignored == "class0"
+    else:
+        assert len(vectors) <= 40
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    for index, each in features.stream([3, 4, 5, 7]):
+        queries = F.normalize(each.flatten(0, 1).float(), dim=-1).half().double()
+        cosines = queries @ vectors.double().T
+        weights = torch.zeros(len(queries), 4, dtype=torch.float64)
+        for row, some in enumerate(cosines):
+            best = some.argsort(descending=True)[:knn.k]
+            vote = torch.exp((some[best] - some[best[0]]) / 0.02)
+            weights[row] = (vote[:, None] * shares[best].double()).sum(0) / vote.sum()
+        labels = read_labels(features.dataset, index)
+        enlarged = F.interpolate(weights.T.view(1, 4, *each.shape[:2]), size=labels.shape,
+                                 mode="bilinear", align_corners=False)[0].argmax(0)
+        kept = labels != 255
+        expected += torch.from_numpy(sklearn_confusion(labels[kept], enlarged[kept],
+                                                       labels=range(4)))
+    assert pictures == 4 and confusion.sum() == expected.sum()
+    assert (confusion - expected).abs().sum() <= 0.002 * expected.sum()  # fp32 against fp64: ties
+
+
+def test_a_bank_of_ignored_pixels_alone_is_an_error(features, monkeypatch):
+    monkeypatch.setattr(evaluate_probes, "read_labels",
+                        lambda dataset, k: torch.full((64, 64), 255))
+    with pytest.raises(RunFailed, match="nothing to learn from"):
+        prober(features).knn()
+
+
+@pytest.mark.slow
+def test_the_bank_is_never_in_memory():
+    """A bank of 3 GB in an address space that grows by no more than 1 GB."""
+    script = (
+        "import resource, torch; from evaluate_probes import nearest; torch.set_num_threads(1);"
+        "chunks = (torch.randn(2 ** 16, 768) for _ in range(16));"
+        "queries = torch.randn(64, 768); nearest(queries, iter([queries]), 30);"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 10 ** 9,) * 2);"
+        "cosines, rows = nearest(queries, chunks, 30); print(rows.max().item() > 2 ** 19)")
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+    assert resource.RLIMIT_AS is not None
+
+
+# ---- linear --------------------------------------------------------------------------------------
+
+def naive_step(weight, bias, samples, moments, step, training):
+    """One step of AdamW in float64 with a gradient by hand: the mean loss."""
+    gradients, losses = [torch.zeros_like(weight), torch.zeros_like(bias)], 0
+    for features, labels in samples:
+        (height, width), (rows, columns) = features.shape[:2], labels.shape
+        down = F.interpolate(torch.eye(height).double()[None], size=rows, mode="linear")[0].T
+        across = F.interpolate(torch.eye(width).double()[None], size=columns, mode="linear")[0].T
+        x = features.double()
+        logits = torch.einsum("yh,xw,hwk->yxk", down, across, x @ weight.T + bias)
+        kept = labels != 255
+        probabilities = logits.softmax(-1)
+        target = F.one_hot(labels.where(kept, 0), len(bias)).double()
+        losses -= (logits.log_softmax(-1) * target).sum(-1)[kept].sum() / kept.sum()
+        error = (probabilities - target) * kept[..., None] / kept.sum()
+        low = torch.einsum("yh,xw,yxk->hwk", down, across, error)
+        gradients[0] += torch.einsum("hwk,hwd->kd", low, x) / training.pictures
+        gradients[1] += low.sum((0, 1)) / training.pictures
+    rate = training.lr * (1 - step / training.steps) ** 0.9
+    for value, gradient, (first, second) in zip((weight, bias), gradients, moments):
+        value *= 1 - rate * training.weight_decay
+        first.mul_(0.9).add_(0.1 * gradient)
+        second.mul_(0.999).add_(0.001 * gradient ** 2)
+        value -= rate * (first / (1 - 0.9 ** (step + 1))) / (
+            (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    return losses / training.pictures
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_linear_training_equals_a_derivation_by_hand(steps, tmp_path):
+    training = Training(10, 1e-2)
+    rng = torch.Generator().manual_seed(0)
+    samples = [[(torch.randn(h, w, 8, generator=rng).half(),
+                 torch.randint(0, 5, (h * 16, w * 16), generator=rng))
+                for h, w in rng_sizes] for rng_sizes in
+               [[(2, 3), (1, 4), (3, 3)] * 5 + [(2, 2)]] * 10]
+    for batch in samples:
+        for _, labels in batch:
+            labels[labels == 4] = 255
+    head = torch.nn.Linear(8, 4)
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in (weight, bias)]
+    for step in range(steps):
+        naive_step(weight, bias, samples[step], moments, step, training)
+    train_head(head, lambda start: iter(samples[start:steps]), lambda x: x, training,
+               start_runtime("cpu"), tmp_path / "state.pt")
+    assert torch.allclose(head.weight.double(), weight, atol=2e-6)
+    assert torch.allclose(head.bias.double(), bias, atol=2e-6)
+
+
+def test_an_interrupted_head_is_trained_to_the_same(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_probes.time, "monotonic", iter(range(0, 10 ** 6, 31)).__next__)
+
+    def head(name, stop=None):
+        one = prober(features)
+        one.plan = Plan(Knn(), Training(6, 1e-2), "text", None)
+        one.state = tmp_path / name
+        batches = one.batches
+
+        def some(start):
+            for step, batch in enumerate(batches(start), start):
+                if step == stop:
+                    raise KeyboardInterrupt
+                yield batch
+        one.batches = some
+        return one.head().state_dict()
+    whole = head("whole")
+    with pytest.raises(KeyboardInterrupt):
+        head("part", stop=4)
+    resumed = head("part")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_the_schedule_shows_every_picture_as_often():
+    schedule = Training(9, 1).schedule([3, 5, 8], seed=0)
+    assert len(schedule) == 9 * 16 and {k for k, _ in schedule} == {3, 5, 8}
+    for first in range(0, 144, 3):
+        assert {k for k, _ in schedule[first:first + 3]} == {3, 5, 8}
+    assert 40 < sum(flip for _, flip in schedule) < 104
+
+
+@pytest.mark.parametrize("size", [(80, 120), (130, 90), (40, 300)])
+def test_crops_and_spread_windows(size):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    labels = torch.randint(0, 4, size)
+    shown = set()
+    for seed in range(12):
+        pixels, cropped = random_crop(image, labels, 64, np.random.default_rng(seed))
+        assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.uint8
+        assert cropped.shape == (64, 64) and (pixels[:, cropped == 255] == 0).all()
+        shown |= set(cropped.unique().tolist())
+    assert shown >= {0, 1, 2, 3}
+
+    def encode(window):  # 4 x 4 patches' mean pixels
+        assert window.shape == (3, 64, 64)
+        return F.avg_pool2d(window[None].float(), 16)[0].permute(1, 2, 0) / 255
+    head = torch.nn.Linear(3, 2).requires_grad_(False)
+    logits = crop_logits(head, encode, image, 64)
+    scale = 64 / min(size)
+    assert logits.shape == (*[round(side * scale) for side in size], 2)
+    turned = crop_logits(head, lambda window: encode(window.transpose(1, 2)).transpose(0, 1),
+                         image.transpose(1, 2), 64)
+    assert torch.allclose(turned.transpose(0, 1), logits, atol=1e-4)
+
+
+# ---- panoptic ------------------------------------------------------------------------------------
+
+def test_pooling_equals_a_loop_over_pixels():
+    features, segments = torch.randn(3, 4, 6), torch.randint(-1, 5, (50, 61))
+    segments[segments == 3] = 0
+    segments[20, 30] = 3  # one pixel
+    pooled, areas = pool(features, segments, 5)
+    for k in range(5):
+        places = (segments == k).nonzero().tolist()
+        values = [features[y * 3 // 50, x * 4 // 61] for y, x in places]
+        assert areas[k] == len(places)
+        assert torch.allclose(pooled[k], torch.stack(values).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_panoptic_quality_is_the_f1_of_classes(seed):
+    rng = np.random.default_rng(seed)
+    true, predicted = rng.integers(0, 6, (2, 80))
+    predicted = np.where(rng.uniform(size=80) < 0.6, true, predicted)
+    counts = match_segments(*map(torch.from_numpy, (true, predicted)), torch.ones(80), 8)
+    each, pq, sq, rq = panoptic_scores(counts)
+    assert each[6:].isnan().all()
+    assert np.isclose(pq, 100 * f1_score(true, predicted, average="macro")) and np.isclose(pq, rq)
+    assert sq == 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_merged_panoptic_quality_equals_torchmetrics(seed):
+    torchmetrics = pytest.importorskip("torchmetrics.detection")
+    rng = np.random.default_rng(seed)
+    metric = torchmetrics.PanopticQuality({0, 1}, {2, 3, 4}, return_sq_and_rq=True)
+    counts = torch.zeros(4, 5, dtype=torch.float64)
+    for _ in range(6):
+        count = 9
+        segments = torch.from_numpy(np.kron(rng.integers(0, count, (6, 7)), np.ones((5, 4), int)))
+        present, segments = segments.unique(return_inverse=True)
+        true = torch.from_numpy(rng.integers(0, 5, len(present)))
+        stuff = {}  # one segment a class
+        for k, each in enumerate(true.tolist()):
+            if each > 1:
+                segments[segments == k] = stuff.setdefault(each, k)
+        present, segments = segments.unique(return_inverse=True)
+        true = true[present]
+        named = torch.where(torch.rand(len(true)) < 0.6, true,
+                            torch.from_numpy(rng.integers(0, 5, len(true))))
+        areas = segments.flatten().bincount()
+        counts += match_segments(true, named, areas, 5, {2, 3, 4})
+        metric.update(torch.stack([named[segments], segments], -1)[None],
+                      torch.stack([true[segments], segments], -1)[None])
+    _, pq, sq, rq = panoptic_scores(counts)
+    assert np.allclose([pq, sq, rq], 100 * metric.compute().numpy(), atol=1e-3)
+
+
+def test_segments_of_the_benchmarks_files(tmp_path):
+    """COCO's panoptic format: ids in RGB, crowds and void left out, things told from stuff."""
+    root = tmp_path / "cityscapes"
+    name = "frankfurt/frankfurt_000000_000294"
+    ids = np.zeros((20, 30), int)
+    ids[:10], ids[10:, :15], ids[10:, 15:20] = 7, 26001, 26002
+    ids[15:, 25:] = 26000  # a crowd
+    for part in ("leftImg8bit/val", "gtFine/val"):
+        (root / part / "frankfurt").mkdir(parents=True)
+    folder = root / "gtFine" / "cityscapes_panoptic_val"
+    folder.mkdir()
+    Image.new("RGB", (30, 20)).save(root / "leftImg8bit" / "val" / f"{name}_leftImg8bit.png")
+    labels = np.where(ids >= 26000, 13, np.where(ids == 7, 0, 255)).astype(np.uint8)
+    Image.fromarray(labels).save(root / "gtFine" / "val" / f"{name}_gtFine_labelTrainIds.png")
+    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+    Image.fromarray(rgb).save(folder / "frankfurt_000000_000294_gtFine_panoptic.png")
+    report = {
+        "categories": [{"id": 7, "isthing": 0}, {"id": 26, "isthing": 1}],
+        "annotations": [{
+            "image_id": "frankfurt_000000_000294",
+            "file_name": "frankfurt_000000_000294_gtFine_panoptic.png",
+            "segments_info": [{"id": 7, "category_id": 7, "iscrowd": 0},
+                              {"id": 26001, "category_id": 26, "iscrowd": 0},
+                              {"id": 26002, "category_id": 26, "iscrowd": 0},
+                              {"id": 26000, "category_id": 26, "iscrowd": 1}]}]}
+    listing = root / "gtFine" / "cityscapes_panoptic_val.json"
+    listing.write_text(json.dumps(report))
+    dataset = open_benchmark("cityscapes", tmp_path, panoptic=True)
+    assert dataset.things == {13}
+    segments, classes = true_segments(dataset, 0, read_labels(dataset, 0))
+    assert classes.tolist() == [0, 13, 13]
+    assert (segments[:10] == 0).all() and (segments[10:, :15] == 1).all()
+    assert (segments[15:, 25:] == -1).all() and (segments[10:15, 20:] == -1).all()
+    listing.write_text('{"categories": 3}')
+    with pytest.raises(RunFailed, match="panoptic JSON"):
+        open_benchmark("cityscapes", tmp_path, panoptic=True)
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+def run(*flags):
+    evaluate_probes.main(evaluate_probes.parse_args([str(flag) for flag in flags]))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_own_pictures_in_two_folds_and_a_head_for_more(micro, labelled, work, capsys):
+    images, masks = labelled
+    flags = ["--backbone", micro, "--images", images, "--masks", masks, "--classes", CLASSES]
+    run(*flags, "--json", "out.json", "--save-maps", "maps", "--steps", 3)
+    said = capsys.readouterr().out
+    assert "kNN, mIoU" in said and "PQ, stuff merged" in said
+    report = json.loads((work / "out.json").read_text())
+    rows = {each["probe"]: each for each in report["results"]}
+    assert list(rows) == ["knn", "linear", "panoptic"]
+    assert all(each["images"] == 8 and each["method"] == "single-pass" for each in rows.values())
+    assert rows["knn"]["miou"] > 40  # the classes are colours
+    assert set(rows["linear"]["per_class_iou"]) == {"sky", "grass", "red ball", "house"}
+    assert {"pq", "sq", "rq", "pq_merged"} <= rows["panoptic"].keys()
+    assert len(list((work / "maps").rglob("*.labels.png"))) == 16
+    assert not list((work / "runs" / "probes").iterdir())
+    for keep in ("off", "kept"):
+        run(*flags, "--json", "again.json", "--steps", 3, "--keep-features", keep)
+        again = json.loads((work / "again.json").read_text())
+        assert again["results"] == report["results"]
+    heads = sorted((work / "runs" / "heads").iterdir())
+    assert len(heads) == 2
+    run("--head", heads[0], "--backbone", micro, "--images", images, "--save-maps", "more")
+    one, = (work / "maps").rglob("linear/1.png.labels.png")
+    assert np.array_equal(np.array(Image.open(one)),
+                          np.array(Image.open(work / "more" / "1.png.labels.png")))
+
+
+@pytest.mark.slow
+def test_a_killed_run_and_torchrun_give_the_same(micro, labelled, work):
+    images, masks = labelled
+    flags = ["--backbone", micro, "--images", images, "--masks", masks, "--classes", CLASSES,
+             "--steps", "4", "--inference", "sliding-window", "--stride", "24", "32"]
+    flags = [sys.executable, ROOT / "evaluate_probes.py", *map(str, flags), "--device", "cpu"]
+    reports = []
+    for launcher in ([], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        command = [*(launcher or flags[:1]), *flags[1:], "--json", "out.json"]
+        subprocess.run(command, check=True, capture_output=True)
+        reports.append(json.loads((work / "out.json").read_text())["results"])
+    for one, two in zip(*reports):
+        assert one["method"] == two["method"] and one["images"] == two["images"]
+        key = "pq" if one["probe"] == "panoptic" else "miou"
+        assert abs(one[key] - two[key]) < 0.2
+
+
+def test_learning_from_other_pictures(micro, labelled, work, capsys):
+    images, masks = labelled
+    few = work / "few"
+    for name, source in (("images", images), ("masks", masks)):
+        (few / name).mkdir(parents=True)
+        for k in range(4):
+            (few / name / f"{k}.png").write_bytes((source / f"{k}.png").read_bytes())
+    (few / "images" / "1.png").write_bytes(b"spoilt")
+    run("--backbone", micro, "--images", images, "--masks", masks, "--train-images",
+        few / "images", "--train-masks", few / "masks", "--classes", CLASSES, "--probe", "knn",
+        "panoptic", "--classifier", "knn", "--train-share", 0.7, "--seeds", 0, 1, 2,
+        "--bank-size", 60, "--json", "out.json")
+    said = capsys.readouterr()
+    assert "never found: house" in said.out and "±" in said.out
+    results = json.loads((work / "out.json").read_text())["results"]
+    assert [each["draws"] for each in results] == [3, 3]
+    assert results[0]["per_class_iou"]["house"] == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--train-images", "x"], "go with --images"),
+    (["--images", "x"], "needs --masks"),
+    (["--images", "x", "--masks", "y", "--classes", "a", "--train-images", "z"], "go together"),
+    (["--dataset", "cats"], "unknown"),
+    (["--probe", "knn", "--crop", "64"], "--probe linear"),
+    (["--k", "0"], "at least 1"), (["--train-share", "2"], "at most 1"),
+    (["--temperature", "nan"], "finite"), (["--json", "out.txt"], ".json"),
+    (["--limit", "1"], "two pictures"),
+    (["--head", "x"], "does not exist")])
+def test_wrong_calls(flags, message, work):
+    with pytest.raises((WrongCall, RunFailed), match=message):
+        run("--backbone", "tiny", *flags)
+
+
+def test_heads_that_do_not_fit(micro, labelled, work):
+    run("--backbone", micro, "--images", labelled[0], "--masks", labelled[1], "--classes", CLASSES,
+        "--probe", "linear", "--steps", 1)
+    head = next((work / "runs" / "heads").iterdir())
+    with pytest.raises(RunFailed, match="takes 24 features"):
+        run("--head", head, "--backbone", "tiny", "--images", labelled[0])
+    with pytest.raises(RunFailed, match="stride was 0 and is 32"):
+        run("--head", head, "--backbone", micro, "--images", labelled[0], "--inference",
+            "sliding-window", "--stride", 32)
+    save_file(load_file(head), "other.safetensors")
+    with pytest.raises(RunFailed, match="no linear head"):
+        run("--head", "other.safetensors", "--backbone", micro, "--images", labelled[0])
+    with pytest.raises(RunFailed, match="labels 7"):
+        Image.fromarray(np.full((70, 70), 7, np.uint8)).save(work / "0.png")
+        Image.new("RGB", (70, 70)).save(work / "picture.png")
+        (work / "a").mkdir()
+        (work / "b").mkdir()
+        (work / "0.png").rename(work / "b" / "0.png")
+        (work / "picture.png").rename(work / "a" / "0.png")
+        run("--backbone", micro, "--images", labelled[0], "--masks", labelled[1], "--classes",
+            CLASSES, "--train-images", work / "a", "--train-masks", work / "b")
