@@ -15,16 +15,18 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import f1_score
 from sklearn.neighbors import NearestNeighbors
 
+import data.probes
 import evaluate_probes
 from common import ROOT, RunFailed, WrongCall, start_runtime
 from data.benchmarks import (open_benchmark, own_pictures, read_classes, read_labels,
                              true_segments)
 from data.crops import crop_logits, random_crop
 from data.features import Features, Fold
+from data.probes import (Knn, Training, bank, nearest, patch_shares, pool, rare_patches, train_head,
+                         vote)
 from data.scores import match_segments, panoptic_scores
 from evaluate_ovs import Method
-from evaluate_probes import (Knn, Plan, Prober, Training, bank, nearest, patch_shares, pool,
-                             rare_patches, train_head, vote)
+from evaluate_probes import Plan, Prober
 
 CLASSES = "sky, grass | lawn, red ball, house"
 
@@ -128,12 +130,10 @@ def test_knn_equals_brute_force(features, settings):
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for index, each in features.stream([3, 4, 5, 7]):
         queries = F.normalize(each.flatten(0, 1).float(), dim=-1).half().double()
-        cosines = queries @ vectors.double().T
-        weights = torch.zeros(len(queries), 4, dtype=torch.float64)
-        for row, some in enumerate(cosines):
-            best = some.argsort(descending=True)[:knn.k]
-            vote = torch.exp((some[best] - some[best[0]]) / 0.02)
-            weights[row] = (vote[:, None] * shares[best].double()).sum(0) / vote.sum()
+        cosines, order = (queries @ vectors.double().T).sort(descending=True)
+        votes = torch.exp((cosines - cosines[:, :1]) / 0.02)[:, :knn.k]
+        weights = torch.einsum("qk,qkc->qc", votes, shares[order[:, :knn.k]].double())
+        weights /= votes.sum(1, keepdim=True)
         labels = read_labels(features.dataset, index)
         enlarged = F.interpolate(weights.T.view(1, 4, *each.shape[:2]), size=labels.shape,
                                  mode="bilinear", align_corners=False)[0].argmax(0)
@@ -145,7 +145,7 @@ def test_knn_equals_brute_force(features, settings):
 
 
 def test_a_bank_of_ignored_pixels_alone_is_an_error(features, monkeypatch):
-    monkeypatch.setattr(evaluate_probes, "read_labels",
+    monkeypatch.setattr(data.probes, "read_labels",
                         lambda dataset, k: torch.full((64, 64), 255))
     with pytest.raises(RunFailed, match="nothing to learn from"):
         prober(features).knn()
@@ -155,7 +155,7 @@ def test_a_bank_of_ignored_pixels_alone_is_an_error(features, monkeypatch):
 def test_the_bank_is_never_in_memory():
     """A bank of 3 GB in an address space that grows by no more than 1 GB."""
     script = (
-        "import resource, torch; from evaluate_probes import nearest; torch.set_num_threads(1);"
+        "import resource, torch; from data.probes import nearest; torch.set_num_threads(1);"
         "chunks = (torch.randn(2 ** 16, 768) for _ in range(16));"
         "queries = torch.randn(64, 768); nearest(queries, iter([queries]), 30);"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
@@ -218,7 +218,7 @@ def test_linear_training_equals_a_derivation_by_hand(steps, tmp_path):
 
 
 def test_an_interrupted_head_is_trained_to_the_same(features, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_probes.time, "monotonic", iter(range(0, 10 ** 6, 31)).__next__)
+    monkeypatch.setattr(data.probes.time, "monotonic", iter(range(0, 10 ** 6, 31)).__next__)
 
     def head(name, stop=None):
         one = prober(features)
@@ -447,7 +447,7 @@ def test_learning_from_other_pictures(micro, labelled, work, capsys):
     (["--k", "0"], "at least 1"), (["--train-share", "2"], "at most 1"),
     (["--temperature", "nan"], "finite"), (["--json", "out.txt"], ".json"),
     (["--limit", "1"], "two pictures"),
-    (["--head", "x"], "does not exist")])
+    (["--head", "x", "--images", "y"], "does not exist")])
 def test_wrong_calls(flags, message, work):
     with pytest.raises((WrongCall, RunFailed), match=message):
         run("--backbone", "tiny", *flags)
