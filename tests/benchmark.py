@@ -19,6 +19,7 @@ tokens.
 student: the same single pass against the windows of stride 24 (eight of them, scaled up), with a
 ViT-B/16 of native size 512.
 evaluation: 150 classes at 512 x 683, from the file to the labels, against the encoder in it.
+knn: the exact search of evaluate_probes.py, 768 features, k = 30, against its matrix products.
 memory: resident memory while 200 pictures are extracted and evaluated with tiny. help: seconds
 until --help.
 distill: images/s of the plain loop (decode, all blocks, one image after the other) and of
@@ -57,6 +58,7 @@ from common import (DEMO, Stitcher, apply_augmentation, cut_windows, dense_featu
                     list_images, load_backbone, prepare, read_image, read_index, start_runtime,
                     stitched_features, window_starts, windows_a_pass, write_json)
 from data.benchmarks import Classes
+from data.probes import nearest
 from data.scores import confusion_matrix
 from time_inference import (count_flops, machine_and_versions, matrix_product_rate, peak_memory,
                             reset_peak_memory, synchronised_time)
@@ -438,9 +440,27 @@ def measure_evaluation(args, work, runtime):
     return result
 
 
+def measure_knn(args, work, runtime, queries=2048, chunk=2 ** 16, dim=768, k=30):
+    """The kNN probe's exact search on a chunk of its bank, against the matrix product in it."""
+    rows = F.normalize(torch.randn(chunk, dim, device=runtime.device), dim=-1)
+    asked = F.normalize(torch.randn(queries, dim, device=runtime.device), dim=-1).half()
+    single = asked.float()
+    product, search = in_turns(
+        args.rounds, runtime.device,
+        product=lambda: [single[first:first + 1024] @ rows.T for first in range(0, queries, 1024)],
+        search=lambda: nearest(asked, [rows], k)).values()
+    share = median_ratio(product, search)
+    rate = 2 * queries * chunk * dim / statistics.median(search) / 1e12
+    print(f"\nkNN, {queries} queries, {chunk} rows of {dim}, k = {k}: "
+          f"{statistics.median(search):.2f} s, {share:.0%} of the matrix products' rate "
+          f"({rate:.3f} TFLOP/s)")
+    return {"seconds": statistics.median(search), "share_of_products": share}
+
+
 def measure_help(args, work, runtime):
     seconds = {}
-    for stage in ("extract_teacher", "distill", "evaluate_ovs", "time_inference"):
+    for stage in ("extract_teacher", "distill", "evaluate_ovs", "evaluate_probes",
+                  "time_inference"):
         started = time.perf_counter()
         subprocess.run([sys.executable, ROOT / f"{stage}.py", "--help"], stdout=subprocess.DEVNULL,
                        check=True)
@@ -650,7 +670,7 @@ def distill_memory(args, work):
 
 MEASURES = {"stitching": measure_stitching, "extraction": measure_extraction,
             "single-pass": measure_single_pass, "student": measure_student,
-            "evaluation": measure_evaluation, "memory": measure_memory, "help": measure_help,
+            "evaluation": measure_evaluation, "knn": measure_knn, "memory": measure_memory, "help": measure_help,
             "distill": measure_distill}
 
 
