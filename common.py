@@ -541,9 +541,14 @@ BACKBONES = {
     "openclip": "ViT-B-16/laion2b_s34b_b88k",
     "dinov3txt": "torch.hub facebookresearch/dinov3 dinov3_vitl16_dinotxt_tet1280d20h24l",
     "siglip2-naflex": "hf-hub:timm/ViT-B-16-SigLIP2-naflex",
+    "tipsv2": "hf-hub:google/tipsv2-l14",
+    "tipsv2-b": "hf-hub:google/tipsv2-b14",
+    "tipsv2-so": "hf-hub:google/tipsv2-so400m14",
+    "tipsv2-g": "hf-hub:google/tipsv2-g14",
 }
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what open_clip's folders say of it
 DINOV3 = "dinov3txt_model.safetensors"  # what a folder with a student of DINOv3.txt holds
+MODEL_FILES = ("open_clip_config.json", DINOV3, "config.json")  # by which a folder is a model
 
 
 def resize_positions(table, grid, new_grid):
@@ -890,6 +895,86 @@ class DinoTxt(Backbone):
                 "code's model")
 
 
+class Tipsv2(Backbone):
+    """TIPSv2 by transformers' Tipsv2Model: a tower like DINOv2's with two class tokens, whose
+    patches meet the text without a projection (MaskCLIP, as its authors do).
+
+    Pixels stay in 0..1; its own embeddings resample positions to any grid, bilinearly and
+    antialiased.
+    """
+    visual_prefix = "vision_model."
+    pooling = "class token"
+
+    def __init__(self, model, place):
+        super().__init__(model, {"mean": [0.0] * 3, "std": [1.0] * 3})
+        config = self.visual.config
+        self.place, self.blocks = place, self.visual.encoder.layer
+        self.patch, self.dim = config.patch_size, config.hidden_size
+        self.window = (config.image_size // self.patch * self.patch,) * 2
+        self.prefix = 1 + config.num_register_tokens  # the registers are the second class token
+
+    def embed(self, images):
+        return self.visual.embeddings(images)
+
+    def run_block(self, index, tokens, grid):
+        block = self.blocks[index]
+        if index < len(self.blocks) - 1:
+            return block(tokens)
+        tokens, attention = tokens[:, self.prefix:], block.attention  # MaskCLIP
+        values = attention.o_proj(attention.v_proj(block.norm1(tokens)))
+        tokens = tokens + block.layer_scale1(values)
+        return tokens + block.layer_scale2(block.mlp(block.norm2(tokens)))
+
+    def project(self, tokens, grid):
+        return self.visual.layernorm(tokens).unflatten(1, grid)
+
+    @functools.cached_property
+    def tokenizer(self):
+        from transformers import Tipsv2Tokenizer
+        try:
+            with quiet_open_clip():
+                tokenizer = Tipsv2Tokenizer.from_pretrained(self.place)
+            if not set(tokenizer("photo").input_ids) - {tokenizer.unk_token_id}:
+                raise FileNotFoundError("it knows no word")  # without files, transformers makes one
+        except Exception as error:  # transformers raises many types here
+            raise RunFailed(f"the tokenizer of `backbone` {self.place} cannot be loaded: "
+                            f"{first_line(error)}. {tipsv2_advice(self.place)}") from error
+        return tokenizer
+
+    def encode_text(self, texts):
+        model = self.both_towers()
+        length = model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, padding_side="right", truncation=True,
+                                max_length=length, return_tensors="pt").to(self.mean.device)
+        # the mask keeps padding out of attention and out of the mean over words
+        return model.get_text_features(tokens.input_ids, tokens.attention_mask,
+                                       return_dict=True).pooler_output.float()
+
+    def save(self, folder):
+        """Write a folder like the published ones, which transformers loads: weights, configuration,
+        tokenizer and image processor. Returns how to load it."""
+        from safetensors import SafetensorError
+        from transformers import Tipsv2ImageProcessor
+        size = dict(zip(("height", "width"), self.window))
+        parts, staging = [Tipsv2ImageProcessor(size=size), self.both_towers()], Path(folder, "part")
+        try:
+            parts.append(self.tokenizer)
+        except RunFailed as error:
+            print(f"warning: saved without a tokenizer: {error}".replace("`", ""), file=sys.stderr)
+        try:
+            for part in parts:
+                part.save_pretrained(staging)
+            # configuration last, without which the folder is no model
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                with atomic_path(Path(folder) / path.name) as temporary:
+                    os.replace(path, temporary)
+        except (OSError, SafetensorError) as error:  # a full disk, mostly
+            raise not_written(folder, OSError(first_line(error))) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return f"transformers.AutoModel.from_pretrained('{folder}')"
+
+
 def image_family(visual):
     """The Backbone class for open_clip's image tower. Raises WrongCall, saying why, for one that
     has none."""
@@ -926,6 +1011,8 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
     """
     if name == "dinov3txt" or (Path(name) / DINOV3).is_file():
         backbone = load_dinotxt(name, random_init, hub_dir, dinov3_weights)
+    elif is_tipsv2(name):
+        backbone = load_tipsv2(str(name), random_init)
     else:
         backbone = load_open_clip(str(name), random_init, text, device)
     backbone.source = {"name": str(name), "random_init": random_init, "hub_dir": hub_dir,
@@ -1175,6 +1262,71 @@ def build_dinotxt(clone):
         sys.path.remove(str(clone))
 
 
+# width, blocks and heads of the image tower, hidden width of the MLPs, blocks of the text tower,
+# SwiGLU (which takes two thirds of that hidden width) in the place of the image tower's MLPs
+TIPSV2 = {
+    "google/tipsv2-b14": (768, 12, 12, 3072, 12),
+    "google/tipsv2-l14": (1024, 24, 16, 4096, 12),
+    "google/tipsv2-so400m14": (1152, 27, 16, 4304, 27),
+    "google/tipsv2-g14": (1536, 40, 24, 6144, 12, True),
+}
+
+
+def tipsv2_place(name):
+    """What transformers is to load for a name: a repository, or a folder."""
+    return BACKBONES.get(name, str(name)).removeprefix("hf-hub:").removeprefix("local-dir:")
+
+
+def is_tipsv2(name):
+    place = tipsv2_place(name)
+    path = Path(place) / "config.json"
+    return place in TIPSV2 or (path.is_file()
+                               and read_json(path, "transformers").get("model_type") == "tipsv2")
+
+
+def tipsv2_advice(place):
+    if place not in TIPSV2:
+        return "The folder must hold all files that save_pretrained of transformers writes"
+    return (f"Without network, fetch all files of https://huggingface.co/{place} elsewhere, put "
+            "them into one folder and give `backbone` FOLDER")
+
+
+def load_tipsv2(name, random_init):
+    """TIPSv2 from its repository or a folder, or its architecture alone."""
+    place = tipsv2_place(name)
+    try:
+        from transformers import Tipsv2Config, Tipsv2Model
+    except ImportError:
+        raise RunFailed(f"`backbone` {name} needs transformers 5.14 or newer: pip install "
+                        "'transformers>=5.14'") from None
+    try:
+        with quiet_open_clip():
+            if random_init:
+                config = (tipsv2_config(*TIPSV2[place]) if place in TIPSV2
+                          else Tipsv2Config.from_pretrained(place))
+                return Tipsv2(Tipsv2Model(config), place)
+            model, found = Tipsv2Model.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # which are refused below
+            backbone = Tipsv2(model, place)
+    except Exception as error:  # transformers raises many types here
+        raise RunFailed(f"`backbone` {name} cannot be loaded: {first_line(error)}. "
+                        f"{tipsv2_advice(place)}") from error
+    refuse_misfits({"missing": found["missing_keys"], "unknown": found["unexpected_keys"],
+                    "of another shape": [key for key, *_ in found["mismatched_keys"]]}, place)
+    return backbone
+
+
+def tipsv2_config(width, blocks, heads, hidden, text_blocks, swiglu=False):
+    """transformers' configuration of a line of TIPSV2."""
+    from transformers import Tipsv2Config
+    both = {"hidden_size": width, "num_attention_heads": heads}
+    return Tipsv2Config(
+        vision_config=both | {"num_hidden_layers": blocks, "mlp_ratio": hidden / width,
+                              "use_swiglu_ffn": swiglu},
+        text_config=both | {"num_hidden_layers": text_blocks, "intermediate_size": hidden})
+
+
 class Unread:
     """Stands for an object in a checkpoint whose class is not loaded: settings and the like, beside
     the tensors."""
@@ -1224,12 +1376,17 @@ def load_strictly(module, tensors, source):
         "of another shape": [key for key in tensors
                              if key in expected and tensors[key].shape != expected[key].shape],
     }
-    complaints = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+    refuse_misfits(wrong, source)
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def refuse_misfits(wrong, source):
+    """Raise RunFailed if there are any: {what is wrong with them: names of weights}."""
+    complaints = [f"{len(keys)} {what} ({', '.join([*keys][:3])}{', ...' if len(keys) > 3 else ''})"
                   for what, keys in wrong.items() if keys]
     if complaints:
         raise RunFailed(f"{source} does not fit this architecture: of its weights, "
                         f"{'; '.join(complaints)}")
-    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
 
 
 def save_tensors(model, path, header=None):
@@ -1275,6 +1432,11 @@ def window_starts(length, window, stride):
     if starts[-1] + window < length:
         starts.append(length - window)
     return starts
+
+
+def default_stride(patch):
+    """Pixels between a teacher's windows: 1.5 patches, the paper's 24 for patches of 16."""
+    return 3 * patch // 2
 
 
 def check_window(window, stride, patch):

@@ -47,12 +47,13 @@ def parse_args(argv=None):
     add("--checkpoint", help="a student: a folder that distill.py wrote (default: runs/spar); or, "
         "with --backbone, a file with an official SPAR state dict")
     add("--backbone", help="evaluate this pre-trained model instead: tiny, siglip2, openclip, "
-        "dinov3txt, siglip2-naflex, hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG")
+        "dinov3txt, siglip2-naflex, tipsv2 (-b, -so, -g), hf-hub:ORG/NAME, local-dir:PATH, "
+        "ARCH/TAG")
     add("--random-init", action="store_true",
         help="the architecture (and AnyUp's) without weights, for timing and tests")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
     add("--stride", "--strides", type=int, nargs="+", metavar="N", help="pixels between sliding "
-        "windows; several give several rows (default: half the window, and 24)")
+        "windows; several give several rows (default: half the window, and 1.5 patches)")
     add("--window", type=int, metavar="N", help="side of the sliding window in pixels (default: "
         "the size that the backbone was trained on)")
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
@@ -147,13 +148,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
-                    atomic_path, bilinear_strips, check_window, chosen_window, command_line,
-                    embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
-                    label_strips, load_backbone, load_strictly, prefetch, prepare, read_json,
-                    read_json_lines, read_tensors, short_name, speaks_flags, start_runtime,
-                    stitch_axis, stitched_features, weights_hash, window_starts, write_json,
-                    write_json_lines)
+from common import (BACKBONES, IGNORE, MODEL_FILES, RunFailed, Stitcher, WrongCall,
+                    append_json_lines, atomic_path, bilinear_strips, check_window, chosen_window,
+                    command_line, default_stride, embed_texts, encode_windows, first_line,
+                    fit_to_patches, hub_clone, label_strips, load_backbone, load_strictly,
+                    prefetch, prepare, read_json, read_json_lines, read_tensors, short_name,
+                    speaks_flags, start_runtime, stitch_axis, stitched_features, weights_hash,
+                    window_starts, write_json, write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
@@ -958,7 +959,7 @@ def read_student(folder, needs_teacher):
     teacher = {"backbone": str(folder)}
     if needs_teacher or (folder / "spar.json").is_file():
         teacher = read_json(folder / "spar.json", "distill.py")["teacher"]
-    if not any((folder / name).is_file() for name in ("open_clip_config.json", DINOV3)):
+    if not any((folder / name).is_file() for name in MODEL_FILES):
         raise RunFailed(f"{folder} holds no finished student: the distill.py command that began it "
                         "continues, and writes one")
     return teacher
@@ -1008,7 +1009,8 @@ def open_methods(args, runtime):
     slider, strides = pretrained or student, []
     if compare or args.inference == "sliding-window":
         window = chosen_window(slider, args.window, 1)
-        strides = list(dict.fromkeys(args.stride or [min(window) // 2, 24]))
+        usual = [min(window) // 2, default_stride(slider.patch)]
+        strides = list(dict.fromkeys(args.stride or usual))
         for stride in strides:
             check_window(window, stride, slider.patch)
     anyup = None
