@@ -1617,15 +1617,16 @@ def open_features(path):
 # ---- names, features and segmentation of one picture ---------------------------------------------
 
 @torch.no_grad()
-def embed_texts(backbone, names, chunk=256):
-    """One unit vector a name from open_clip's 80 templates: each text normalised, averaged,
-    normalised again. (N, D) float32."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES as templates
+def embed_texts(backbone, names, templates=None, chunk=256):
+    """One unit vector a name from templates (functions of it; open_clip's 80 by default): each text
+    normalised, averaged, normalised again. (N, D) float32."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    templates = templates or OPENAI_IMAGENET_TEMPLATES
     texts = [template(name) for name in names for template in templates]
     embeddings = torch.cat([backbone.encode_text(texts[first:first + chunk])
                             for first in range(0, len(texts), chunk)])
     embeddings = F.normalize(embeddings, dim=-1)
-    embeddings = embeddings.unflatten(0, (len(names), len(templates)))  # (N, 80, D)
+    embeddings = embeddings.unflatten(0, (len(names), len(templates)))  # (N, T, D)
     return F.normalize(embeddings.mean(1), dim=-1)
 
 

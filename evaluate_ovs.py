@@ -97,6 +97,11 @@ def parse_args(argv=None):
     for each in fields(Lposs):
         add(f"--lposs-{each.name}", type=type(each.default), default=each.default, metavar="X",
             help=f"{each.metadata['help']} (%(default)s)")
+    add("--protocol", choices=["spar", "tips"], default="spar", help="tips: as TIPSv2's authors "
+        "evaluate: TCL's 9 templates in the place of 80, a short side of 448, windows (of stride "
+        "336) whose class probabilities at a logit scale of 1 are averaged in the place of "
+        "similarities, no thresholds. They also resize pictures bicubically, and do not glue words "
+        "of ADE20K's names; both is not done here (%(default)s)")
     add("--logit-scale", type=float, metavar="X", help="of similarities in the softmax that "
         "--prob-threshold looks at (default: the benchmark's, else 40)")
     add("--prob-threshold", type=float, metavar="P",
@@ -133,6 +138,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -208,6 +214,60 @@ class PixelStitcher(Stitcher):
             some = torch.lerp(some[:, left], some[:, right], across.to(pixels)[:, None])
             return some.permute(2, 0, 1)
         return strip
+
+
+class ProbabilityStitcher:
+    """Class probabilities of windows at pixels - the softmax of upsampled similarities, at a logit
+    scale of 1 - averaged where they overlap (TIPS' notebook).
+
+    Unlike the others this is not linear, so that whole maps are summed: N x H x W floats.
+    """
+
+    def __init__(self, size, window, stride, patch, device="cpu"):
+        starts = (window_starts(length, side, stride) for length, side in zip(size, window))
+        self.corners = itertools.product(*starts)  # of windows that are still to come
+        self.window = [min(pair) for pair in zip(size, window)]
+        self.counts, self.total = torch.zeros(size, device=device), None
+
+    def add(self, similarities):
+        """The next windows in reading order: (n, i, j, N)."""
+        height, width = self.window
+        for each in similarities:
+            top, left = next(self.corners)
+            place = slice(top, top + height), slice(left, left + width)
+            if self.total is None:
+                self.total = self.counts.new_zeros(each.shape[2], *self.counts.shape)
+            pixels = bilinear_strips(each.float(), self.window)(0, height)  # (N, height, width)
+            self.total[:, *place] += pixels.softmax(0)
+            self.counts[place] += 1
+
+    def strips(self, size):
+        """A function of (first, last) that gives these rows at `size`: (N, rows, W)."""
+        assert self.counts.min() > 0, "windows are missing"
+        return bilinear_strips((self.total / self.counts).permute(1, 2, 0), size)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What published evaluations do differently, whatever the backbone. None: as the data set or
+    the backbone has it."""
+    templates: tuple  # of the text, functions of a name
+    stitcher: type = PixelStitcher  # of a sliding window's similarities
+    strides: tuple | None = None
+    size: Size | None = None
+    rule: Rule | None = None
+
+
+# "tips": TIPS_zeroshot_segmentation.ipynb in github.com/google-deepmind/tips
+PROTOCOLS = {
+    "spar": Protocol(tuple(open_clip.OPENAI_IMAGENET_TEMPLATES)),
+    "tips": Protocol(
+        tuple(text.format for text in (
+            "itap of a {}.", "a bad photo of a {}.", "a origami {}.", "a photo of the large {}.",
+            "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
+            "a photo of many {}.", "a photo of {}s.")),
+        ProbabilityStitcher, (336,), Size(448), Rule(1.0)),
+}
 
 
 # ---- label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in the places of its
@@ -511,6 +571,7 @@ class Method:
     window: tuple | None = None
     batch_size: int = 60
     autocast: object = contextlib.nullcontext
+    protocol: Protocol = PROTOCOLS["spar"]
     refine: str = "none"
     lposs: Lposs = Lposs()
     anyup: AnyUp | None = None
@@ -547,8 +608,8 @@ class Method:
                               self.autocast)
 
     def stitcher(self, picture):
-        return PixelStitcher(picture.shape[-2:], self.window, self.stride, self.backbone.patch,
-                             picture.device)
+        return self.protocol.stitcher(picture.shape[-2:], self.window, self.stride,
+                                      self.backbone.patch, picture.device)
 
     def window_similarities(self, picture, texts):
         """The sliding-window baseline: similarities of all windows, joined at pixels."""
@@ -896,6 +957,9 @@ def check_flags(args):
         raise WrongCall("--short-side and --area exclude each other")
     if not 0 <= args.lposs_alpha < 1 or args.lposs_tau <= 0:
         raise WrongCall("--lposs-alpha must be from 0 to under 1, --lposs-tau positive")
+    if args.protocol == "tips" and (args.prob_threshold or args.area_threshold):
+        raise WrongCall("--protocol tips has no thresholds; leave --prob-threshold and "
+                        "--area-threshold away")
     if args.results and args.json:
         raise WrongCall("--results reads what --json wrote; leave --json away")
     if args.upsampler == ["anyup"] and (args.inference == "sliding-window"
@@ -1006,11 +1070,12 @@ def open_methods(args, runtime):
     if args.stride and not compare and args.inference != "sliding-window":
         raise WrongCall("--stride goes with --inference sliding-window or --compare")
     pretrained, student, origin = load_models(args, compare, runtime.device)
+    protocol = PROTOCOLS[args.protocol]
     slider, strides = pretrained or student, []
     if compare or args.inference == "sliding-window":
         window = chosen_window(slider, args.window, 1)
         usual = [min(window) // 2, default_stride(slider.patch)]
-        strides = list(dict.fromkeys(args.stride or usual))
+        strides = list(dict.fromkeys(args.stride or protocol.strides or usual))
         for stride in strides:
             check_window(window, stride, slider.patch)
     anyup = None
@@ -1023,7 +1088,7 @@ def open_methods(args, runtime):
         pairs = [(refine, None if stride or refine == "lposs+" or upsampler != "anyup" else anyup)
                  for refine in args.refine for upsampler in args.upsampler]
         return [Method(name, title, backbone, origin, stride, window, args.batch_size,
-                       runtime.autocast, refine, lposs, upsampler)
+                       runtime.autocast, protocol, refine, lposs, upsampler)
                 for refine, upsampler in dict.fromkeys(pairs)]
 
     single = rows("single-pass", "single pass", pretrained) if pretrained else []
@@ -1036,9 +1101,10 @@ def open_methods(args, runtime):
 
 
 def choose_rule(method, dataset, scale, threshold, area_threshold):
-    """The thresholds of a method on a data set: the benchmark's for its backbone, but for those
-    that are given. Raises WrongCall."""
-    rule = benchmark_rule(dataset.name, method.origin) if method.refine == "none" else Rule()
+    """The thresholds of a method on a data set: the protocol's, or the benchmark's for its
+    backbone, but for those that are given. Raises WrongCall."""
+    usual = benchmark_rule(dataset.name, method.origin) if method.refine == "none" else Rule()
+    rule = method.protocol.rule or usual
     rule = Rule(rule.logit_scale if scale is None else scale,
                 rule.threshold if threshold is None else threshold,
                 rule.area_threshold if area_threshold is None else area_threshold)
@@ -1065,7 +1131,8 @@ def protocol_settings(args, runtime, methods):
         "window": list(window) if window else None,
         "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one has "
                   "at most 2048; sides then resampled to multiples of the patch",
-        "templates": 80, "upsampler": args.upsampler,
+        "protocol": args.protocol, "templates": len(methods[0].protocol.templates),
+        "upsampler": args.upsampler,
         "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest},
         "refine": args.refine,
         "lposs": {each.name: getattr(args, f"lposs_{each.name}") for each in fields(Lposs)},
@@ -1143,11 +1210,11 @@ def main(args):
 
     sizes = [Size(side) for side in dict.fromkeys(args.short_side or [])]
     sizes += [Size(area=side) for side in dict.fromkeys(args.area or [])]
-    results, finished = [], []
+    results, finished, protocol = [], [], PROTOCOLS[args.protocol]
     for dataset, dataset_rules in zip(datasets, rules):
         # the student's text tower is the pre-trained one
-        texts = embed_texts(methods[-1].backbone, dataset.classes.flat)
-        for size in sizes or [dataset.size]:
+        texts = embed_texts(methods[-1].backbone, dataset.classes.flat, protocol.templates)
+        for size in sizes or [protocol.size or dataset.size]:
             folder = subfolder(subfolder(maps, dataset.name, datasets), str(size.asked), sizes)
             rows = [Row(method, dataset, size, rule, Path(args.state) / journal_name(
                 settings, dataset, texts, size, method, rule),

@@ -249,3 +249,47 @@ def test_times_are_measured(tipsv2, capsys):
     run(time_inference, "--backbone", tipsv2, "--sizes", "112x112", "--warmup", 0, "--repeats", 1)
     out = capsys.readouterr().out
     assert "sliding-window/56" in out and "sliding-window/21" in out
+
+
+# ---- its authors' protocol -----------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(112, 112), (140, 231), (98, 182)])
+def test_the_authors_windows_equal_a_naive_loop(size, tipsv2):
+    """Probabilities of raw cosines, averaged over windows at pixels, then resized to the labels."""
+    protocol = evaluate_ovs.PROTOCOLS["tips"]
+    backbone, window = load_backbone(tipsv2), (112, 112)
+    method = evaluate_ovs.Method("", "", backbone, "", 84, window, protocol=protocol)
+    picture, texts = torch.rand(3, *size), F.normalize(torch.randn(5, 32), dim=-1)
+    total, counts = torch.zeros(5, *size), torch.zeros(size)
+    for top in {*range(0, max(size[0] - 112, 0) + 1, 84), max(size[0] - 112, 0)}:
+        for left in {*range(0, max(size[1] - 112, 0) + 1, 84), max(size[1] - 112, 0)}:
+            part = picture[:, top:top + 112, left:left + 112]
+            cosines = F.normalize(backbone.encode_dense(part[None])[0], dim=-1) @ texts.T
+            pixels = F.interpolate(cosines.permute(2, 0, 1)[None], size=part.shape[1:],
+                                   mode="bilinear")[0]
+            total[:, top:top + 112, left:left + 112] += pixels.softmax(0)
+            counts[top:top + 112, left:left + 112] += 1
+    expected = F.interpolate((total / counts)[None], size=(150, 200), mode="bilinear")[0]
+    strips = method.window_similarities(picture, texts).strips((150, 200))
+    joined = torch.cat([strips(0, 40), strips(40, 150)], 1)
+    assert (joined - expected).abs().max() < 1e-5
+
+
+def test_the_authors_protocol_from_the_command_line(micro, photos, tmp_path):
+    from PIL import Image
+    for path in photos.glob("*.png"):
+        Image.new("L", Image.open(path).size, int(path.stem) % 2).save(tmp_path / path.name)
+    flags = ["--backbone", micro, "--images", photos / "1.png", "--masks", tmp_path, "--classes",
+             "cat, dog", "--state", tmp_path / "state", "--protocol", "tips"]
+    run(evaluate_ovs, *flags, "--inference", "sliding-window", "--json", tmp_path / "out.json",
+        "--short-side", 96, "--stride", 48)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["settings"]["templates"] == 9 and report["results"][0]["logit_scale"] == 1
+    with pytest.raises(common.WrongCall, match="--stride 336: must be from 1 to"):  # its own
+        run(evaluate_ovs, *flags, "--inference", "sliding-window")
+    with pytest.raises(common.WrongCall, match="has no thresholds"):
+        run(evaluate_ovs, *flags, "--prob-threshold", 0.5)
+    run(evaluate_ovs, *flags, "--json", tmp_path / "single.json")
+    text = (tmp_path / "single.json").read_text()
+    assert json.loads(text)["results"][0]["short_side"] == 448
