@@ -551,17 +551,19 @@ DINOV3 = "dinov3txt_model.safetensors"  # what a folder with a student of DINOv3
 MODEL_FILES = ("open_clip_config.json", DINOV3, "config.json")  # by which a folder is a model
 
 
-def resize_positions(table, grid, new_grid):
-    """Learned positional embeddings for another grid (method.md, "Student"): bicubic, by size,
-    without antialiasing.
+def resize_positions(table, grid, new_grid, rule="size"):
+    """Learned positional embeddings for another grid (method.md, "Student"): bicubic, without
+    antialiasing, by size; or by "scale", as the paper's authors trained their OpenCLIP students,
+    with steps of h / (h' + 0.1) in the place of h / h'.
 
     table: (h * w, C) for grid (h, w). Returns (h' * w', C); the table itself for the same grid.
     """
     if tuple(grid) == tuple(new_grid):
         return table
     image = table.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False,
-                          antialias=False)
+    how = {"size": {"size": tuple(new_grid)},
+           "scale": {"scale_factor": [(new + 0.1) / old for new, old in zip(new_grid, grid)]}}
+    image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=False, **how[rule])
     return image.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(table.dtype)
 
 
@@ -609,10 +611,11 @@ class Backbone(nn.Module):
     loaded), blocks (its ViT blocks), patch (pixels), window (native H, W in pixels; None if there
     is no such size), dim (D, shared with the text), pooling ("class token", "attention" or "mean"),
     mean and std (of the normalisation), source (the arguments of load_backbone), config (the
-    model_cfg of open_clip's models).
+    model_cfg of open_clip's models), positions and official_positions (the rule of
+    resize_positions, here and in the authors' own students; None for a tower with one of its own).
     """
     visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
-    source = config = None
+    source = config = positions = official_positions = None
 
     def __init__(self, model, preprocess):
         super().__init__()
@@ -702,7 +705,7 @@ class Backbone(nn.Module):
     def save(self, folder):
         """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer
         where it is the model's own. Returns how to load it."""
-        save_open_clip(self.both_towers(), self.config, folder)
+        save_open_clip(self.both_towers(), self.config, folder, self.positions)
         if self.has_own_tokenizer:
             try:
                 self.tokenizer.tokenizer.save_pretrained(folder)
@@ -715,6 +718,7 @@ class Backbone(nn.Module):
 class NativeViT(Backbone):
     """open_clip's own VisionTransformer (OpenCLIP, CLIPA, CoCa), pooled by class token, by mean or
     by attention."""
+    positions, official_positions = "size", "scale"
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -734,7 +738,7 @@ class NativeViT(Backbone):
         visual, grid = self.visual, self.grid(images)
         patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, C)
         positions = visual.positional_embedding
-        places = resize_positions(positions[1:], visual.grid_size, grid)
+        places = resize_positions(positions[1:], visual.grid_size, grid, self.positions)
         patches = patches + places.to(patches.dtype)
         class_token = (visual.class_embedding + positions[0]).to(patches.dtype)
         return visual.ln_pre(torch.cat([class_token.expand(len(images), 1, -1), patches], 1))
@@ -768,6 +772,7 @@ class NativeViT(Backbone):
 class TimmViT(Backbone):
     """timm's VisionTransformer in open_clip (SigLIP 1 and 2, MobileCLIP-B, ViTamin), pooled by
     class token, by mean or by attention."""
+    positions = official_positions = "size"
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -794,7 +799,8 @@ class TimmViT(Backbone):
         first = torch.cat(first, 1) if first else patches.new_empty(1, 0, patches.shape[-1])
         if trunk.pos_embed is not None:
             table, own = trunk.pos_embed[0], 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            places = resize_positions(table[own:], trunk.patch_embed.grid_size, grid)
+            places = resize_positions(table[own:], trunk.patch_embed.grid_size, grid,
+                                      self.positions)
             patches = patches + places.to(patches.dtype)
             first = first + table[:own] if own else first
         first = first.to(patches.dtype).expand(len(images), -1, -1)  # class token, registers
@@ -843,6 +849,7 @@ class EvaViT(TimmViT):
 class NaFlexViT(TimmViT):
     """timm's NaFlexVit in open_clip (SigLIP2 NaFlex), which takes any grid and interpolates its
     positions itself, bilinearly."""
+    positions = official_positions = None
 
     def set_sizes(self):
         self.window, self.patch = None, self.trunk.embeds.patch_size[0]
@@ -1067,7 +1074,18 @@ def load_open_clip(name, random_init, text, device):
         raise RunFailed(f"`backbone` {name} cannot be loaded: {first_line(error)}. "
                         f"{offline_advice(architecture, tag)}") from error
     backbone.config = config["model_cfg"]
+    if "positions" in config:  # of an official student's folder
+        backbone.positions = config["positions"]
+        if backbone.positions not in ("size", "scale"):
+            raise RunFailed(f"`backbone` {name}: its open_clip_config.json resamples positions by "
+                            f"{backbone.positions!r}; known are size and scale")
+        print(f"{name}: {said_positions(backbone)}", file=sys.stderr)
     return backbone
+
+
+def said_positions(backbone):
+    how = {"size": "size", "scale": "a scale factor of (grid + 0.1) / native grid"}
+    return f"positional embeddings are resampled by {how[backbone.positions]}"
 
 
 @contextlib.contextmanager
@@ -1400,9 +1418,9 @@ def save_tensors(model, path, header=None):
             raise OSError(first_line(error)) from error
 
 
-def save_open_clip(model, config, folder):
+def save_open_clip(model, config, folder, positions="size"):
     """Write an open_clip model as a folder that open_clip loads as local-dir:FOLDER, with nothing
-    of this repository in it.
+    of this repository in it but, where it is not the usual one, the rule of resize_positions.
 
     config: its model_cfg.
     """
@@ -1410,8 +1428,9 @@ def save_open_clip(model, config, folder):
     preprocess = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: preprocess[key] for key in PREPROCESS}
     save_tensors(model, Path(folder) / "open_clip_model.safetensors")
+    rule = {"positions": positions} if positions == "scale" else {}
     write_json(Path(folder) / "open_clip_config.json",
-               {"model_cfg": config, "preprocess_cfg": preprocess})
+               {"model_cfg": config, "preprocess_cfg": preprocess, **rule})
 
 
 def weights_hash(backbone):

@@ -12,6 +12,7 @@ any. Out: a table of mIoU, the same as JSON (--json), label maps, overlays and P
     torchrun --nproc-per-node 4 evaluate_ovs.py --dataset all --data-root /data --compare
     python evaluate_ovs.py --short-side 128 192 256 --json runs/sweep.json --plot runs/sweep.png
     python evaluate_ovs.py --results runs/sweep.json --plot runs/again.png     # from that file
+    python evaluate_ovs.py --backbone siglip2 --checkpoint spar.ckpt --save-student runs/official
 
 Interrupted, the same command continues. What IoU is, data/scores.py says.
 """
@@ -49,6 +50,9 @@ def parse_args(argv=None):
     add("--backbone", help="evaluate this pre-trained model instead: tiny, siglip2, openclip, "
         "dinov3txt, siglip2-naflex, tipsv2 (-b, -so, -g), hf-hub:ORG/NAME, local-dir:PATH, "
         "ARCH/TAG")
+    add("--positions", choices=["size", "scale"], help="of an official checkpoint: positional "
+        "embeddings are resampled to a grid's size, or by a scale factor of (grid + 0.1) / native "
+        "grid, as the OpenCLIP ones were trained (default: scale for these, size for others)")
     add("--random-init", action="store_true",
         help="the architecture (and AnyUp's) without weights, for timing and tests")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
@@ -117,6 +121,9 @@ def parse_args(argv=None):
         "files that --json wrote, together")
     add("--save-maps", metavar="DIR", help="write label maps, overlays with a legend, PCA pictures "
         "and a contact sheet to DIR (own pictures without masks: runs/maps)")
+    add("--save-student", metavar="DIR", help="write what an official checkpoint holds as a "
+        "student's folder, which open_clip loads and --checkpoint and --backbone take; evaluates "
+        "only if --dataset or --images is given")
     add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished "
         "run are kept, one folder for all processes (%(default)s)")
     add = parser.add_argument_group("with what").add_argument
@@ -158,9 +165,9 @@ from common import (BACKBONES, IGNORE, MODEL_FILES, RunFailed, Stitcher, WrongCa
                     append_json_lines, atomic_path, bilinear_strips, check_window, chosen_window,
                     command_line, default_stride, embed_texts, encode_windows, first_line,
                     fit_to_patches, hub_clone, label_strips, load_backbone, load_strictly,
-                    prefetch, prepare, read_json, read_json_lines, read_tensors, short_name,
-                    speaks_flags, start_runtime, stitch_axis, stitched_features, weights_hash,
-                    window_starts, write_json, write_json_lines)
+                    prefetch, prepare, read_json, read_json_lines, read_tensors, said_positions,
+                    short_name, speaks_flags, start_runtime, stitch_axis, stitched_features,
+                    weights_hash, window_starts, write_json, write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
@@ -960,6 +967,11 @@ def check_flags(args):
     if args.protocol == "tips" and (args.prob_threshold or args.area_threshold):
         raise WrongCall("--protocol tips has no thresholds; leave --prob-threshold and "
                         "--area-threshold away")
+    official = args.backbone and args.checkpoint and not Path(args.checkpoint).is_dir()
+    for flag in ("positions", "save_student"):
+        if getattr(args, flag) and not official:
+            raise WrongCall(f"--{flag.replace('_', '-')} goes with an official checkpoint: "
+                            "--backbone NAME --checkpoint FILE")
     if args.results and args.json:
         raise WrongCall("--results reads what --json wrote; leave --json away")
     if args.upsampler == ["anyup"] and (args.inference == "sliding-window"
@@ -1012,6 +1024,31 @@ def load_checkpoint(backbone, path):
         load_strictly(backbone.model, tensors, path)
 
 
+def choose_positions(backbone, rule):
+    """How an official student resamples its positions: by the rule, or as its kind was trained."""
+    if rule and backbone.positions is None:
+        raise WrongCall(f"--positions {rule}: this backbone resamples positions by a rule of its "
+                        "own; leave it out")
+    backbone.positions = rule or backbone.official_positions
+    if backbone.positions:
+        print(said_positions(backbone))
+
+
+def save_student(student, args):
+    """--save-student: the folder that distill.py would have written."""
+    folder = Path(args.save_student)
+    note = folder / "spar.json"
+    if note.exists() and "converted_from" not in read_json(note, "distill.py"):
+        raise WrongCall(f"--save-student {folder} holds a student that distill.py trained; give "
+                        "another folder")
+    loading = student.save(folder)
+    teacher = {"backbone": args.backbone, "random_init": args.random_init,
+               "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights}
+    write_json(note, {"teacher": teacher, "converted_from": args.checkpoint,
+                      "positions": student.positions})
+    print(f"student in {folder}: {loading}")
+
+
 def read_student(folder, needs_teacher):
     """The settings of the teacher of a student's folder. Raises RunFailed where it is none."""
     if not folder.exists():
@@ -1043,6 +1080,7 @@ def load_models(args, compare, device):
         model = load_backbone(origin, random_init, device, text=True, **files)
         if args.checkpoint:
             load_checkpoint(model, checkpoint)
+            choose_positions(model, args.positions)
         pretrained, student = (None, model) if args.checkpoint else (model, None)
     else:
         teacher = read_student(checkpoint, compare)
@@ -1129,6 +1167,7 @@ def protocol_settings(args, runtime, methods):
         "backbone": methods[0].origin, "random_init": args.random_init,
         "weights": {method.label: hashes[method.backbone] for method in methods},
         "window": list(window) if window else None,
+        "positions": methods[-1].backbone.positions,
         "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one has "
                   "at most 2048; sides then resampled to multiples of the patch",
         "protocol": args.protocol, "templates": len(methods[0].protocol.templates),
@@ -1199,6 +1238,11 @@ def main(args):
     maps = maps_folder(args.save_maps, args.images, labelled)
     runtime = start_runtime(args.device, args.precision, args.seed)
     methods = open_methods(args, runtime)
+    if args.save_student:
+        if runtime.rank == 0:
+            save_student(methods[-1].backbone, args)
+        if not (args.dataset or args.images):
+            return
     given = args.logit_scale, args.prob_threshold, args.area_threshold
     rules = [[choose_rule(method, dataset, *given) for method in methods] for dataset in datasets]
     for dataset in datasets:
