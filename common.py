@@ -945,7 +945,8 @@ class Tipsv2(Backbone):
                 raise FileNotFoundError("it knows no word")  # without files, transformers makes one
         except Exception as error:  # transformers raises many types here
             raise RunFailed(f"the tokenizer of `backbone` {self.place} cannot be loaded: "
-                            f"{first_line(error)}. {tipsv2_advice(self.place)}") from error
+                            f"{first_line(error)}. {tipsv2_advice(self.place)}; where there is a "
+                            "tokenizer.model alone, pip install sentencepiece protobuf") from error
         return tokenizer
 
     def encode_text(self, texts):
