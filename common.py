@@ -543,22 +543,29 @@ BACKBONES = {
     "openclip": "ViT-B-16/laion2b_s34b_b88k",
     "dinov3txt": "torch.hub facebookresearch/dinov3 dinov3_vitl16_dinotxt_tet1280d20h24l",
     "siglip2-naflex": "hf-hub:timm/ViT-B-16-SigLIP2-naflex",
+    "tipsv2": "hf-hub:google/tipsv2-l14",
+    "tipsv2-b": "hf-hub:google/tipsv2-b14",
+    "tipsv2-so": "hf-hub:google/tipsv2-so400m14",
+    "tipsv2-g": "hf-hub:google/tipsv2-g14",
 }
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what open_clip's folders say of it
 DINOV3 = "dinov3txt_model.safetensors"  # what a folder with a student of DINOv3.txt holds
+MODEL_FILES = ("open_clip_config.json", DINOV3, "config.json")  # by which a folder is a model
 
 
-def resize_positions(table, grid, new_grid):
-    """Learned positional embeddings for another grid (method.md, "Student"): bicubic, by size,
-    without antialiasing.
+def resize_positions(table, grid, new_grid, rule="size"):
+    """Learned positional embeddings for another grid (method.md, "Student"): bicubic, without
+    antialiasing, by size; or by "scale", as the paper's authors trained their OpenCLIP students,
+    with steps of h / (h' + 0.1) in the place of h / h'.
 
     table: (h * w, C) for grid (h, w). Returns (h' * w', C); the table itself for the same grid.
     """
     if tuple(grid) == tuple(new_grid):
         return table
     image = table.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False,
-                          antialias=False)
+    how = {"size": {"size": tuple(new_grid)},
+           "scale": {"scale_factor": [(new + 0.1) / old for new, old in zip(new_grid, grid)]}}
+    image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=False, **how[rule])
     return image.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1).to(table.dtype)
 
 
@@ -606,10 +613,11 @@ class Backbone(nn.Module):
     loaded), blocks (its ViT blocks), patch (pixels), window (native H, W in pixels; None if there
     is no such size), dim (D, shared with the text), pooling ("class token", "attention" or "mean"),
     mean and std (of the normalisation), source (the arguments of load_backbone), config (the
-    model_cfg of open_clip's models).
+    model_cfg of open_clip's models), positions and official_positions (the rule of
+    resize_positions, here and in the authors' own students; None for a tower with one of its own).
     """
     visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
-    source = config = None
+    source = config = positions = official_positions = None
 
     def __init__(self, model, preprocess):
         super().__init__()
@@ -699,7 +707,7 @@ class Backbone(nn.Module):
     def save(self, folder):
         """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer
         where it is the model's own. Returns how to load it."""
-        save_open_clip(self.both_towers(), self.config, folder)
+        save_open_clip(self.both_towers(), self.config, folder, self.positions)
         if self.has_own_tokenizer:
             try:
                 self.tokenizer.tokenizer.save_pretrained(folder)
@@ -712,6 +720,7 @@ class Backbone(nn.Module):
 class NativeViT(Backbone):
     """open_clip's own VisionTransformer (OpenCLIP, CLIPA, CoCa), pooled by class token, by mean or
     by attention."""
+    positions, official_positions = "size", "scale"
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -731,7 +740,7 @@ class NativeViT(Backbone):
         visual, grid = self.visual, self.grid(images)
         patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, h * w, C)
         positions = visual.positional_embedding
-        places = resize_positions(positions[1:], visual.grid_size, grid)
+        places = resize_positions(positions[1:], visual.grid_size, grid, self.positions)
         patches = patches + places.to(patches.dtype)
         class_token = (visual.class_embedding + positions[0]).to(patches.dtype)
         return visual.ln_pre(torch.cat([class_token.expand(len(images), 1, -1), patches], 1))
@@ -765,6 +774,7 @@ class NativeViT(Backbone):
 class TimmViT(Backbone):
     """timm's VisionTransformer in open_clip (SigLIP 1 and 2, MobileCLIP-B, ViTamin), pooled by
     class token, by mean or by attention."""
+    positions = official_positions = "size"
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -791,7 +801,8 @@ class TimmViT(Backbone):
         first = torch.cat(first, 1) if first else patches.new_empty(1, 0, patches.shape[-1])
         if trunk.pos_embed is not None:
             table, own = trunk.pos_embed[0], 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-            places = resize_positions(table[own:], trunk.patch_embed.grid_size, grid)
+            places = resize_positions(table[own:], trunk.patch_embed.grid_size, grid,
+                                      self.positions)
             patches = patches + places.to(patches.dtype)
             first = first + table[:own] if own else first
         first = first.to(patches.dtype).expand(len(images), -1, -1)  # class token, registers
@@ -840,6 +851,7 @@ class EvaViT(TimmViT):
 class NaFlexViT(TimmViT):
     """timm's NaFlexVit in open_clip (SigLIP2 NaFlex), which takes any grid and interpolates its
     positions itself, bilinearly."""
+    positions = official_positions = None
 
     def set_sizes(self):
         self.window, self.patch = None, self.trunk.embeds.patch_size[0]
@@ -892,6 +904,87 @@ class DinoTxt(Backbone):
                 "code's model")
 
 
+class Tipsv2(Backbone):
+    """TIPSv2 by transformers' Tipsv2Model: a tower like DINOv2's with two class tokens, whose
+    patches meet the text without a projection (MaskCLIP, as its authors do).
+
+    Pixels stay in 0..1; its own embeddings resample positions to any grid, bilinearly and
+    antialiased.
+    """
+    visual_prefix = "vision_model."
+    pooling = "class token"
+
+    def __init__(self, model, place):
+        super().__init__(model, {"mean": [0.0] * 3, "std": [1.0] * 3})
+        config = self.visual.config
+        self.place, self.blocks = place, self.visual.encoder.layer
+        self.patch, self.dim = config.patch_size, config.hidden_size
+        self.window = (config.image_size // self.patch * self.patch,) * 2
+        self.prefix = 1 + config.num_register_tokens  # the registers are the second class token
+
+    def embed(self, images):
+        return self.visual.embeddings(images)
+
+    def run_block(self, index, tokens, grid):
+        block = self.blocks[index]
+        if index < len(self.blocks) - 1:
+            return block(tokens)
+        tokens, attention = tokens[:, self.prefix:], block.attention  # MaskCLIP
+        values = attention.o_proj(attention.v_proj(block.norm1(tokens)))
+        tokens = tokens + block.layer_scale1(values)
+        return tokens + block.layer_scale2(block.mlp(block.norm2(tokens)))
+
+    def project(self, tokens, grid):
+        return self.visual.layernorm(tokens).unflatten(1, grid)
+
+    @functools.cached_property
+    def tokenizer(self):
+        from transformers import Tipsv2Tokenizer
+        try:
+            with quiet_open_clip():
+                tokenizer = Tipsv2Tokenizer.from_pretrained(self.place)
+            if not set(tokenizer("photo").input_ids) - {tokenizer.unk_token_id}:
+                raise FileNotFoundError("it knows no word")  # without files, transformers makes one
+        except Exception as error:  # transformers raises many types here
+            raise RunFailed(f"the tokenizer of `backbone` {self.place} cannot be loaded: "
+                            f"{first_line(error)}. {tipsv2_advice(self.place)}; where there is a "
+                            "tokenizer.model alone, pip install sentencepiece protobuf") from error
+        return tokenizer
+
+    def encode_text(self, texts):
+        model = self.both_towers()
+        length = model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, padding_side="right", truncation=True,
+                                max_length=length, return_tensors="pt").to(self.mean.device)
+        # the mask keeps padding out of attention and out of the mean over words
+        return model.get_text_features(tokens.input_ids, tokens.attention_mask,
+                                       return_dict=True).pooler_output.float()
+
+    def save(self, folder):
+        """Write a folder like the published ones, which transformers loads: weights, configuration,
+        tokenizer and image processor. Returns how to load it."""
+        from safetensors import SafetensorError
+        from transformers import Tipsv2ImageProcessor
+        size = dict(zip(("height", "width"), self.window))
+        parts, staging = [Tipsv2ImageProcessor(size=size), self.both_towers()], Path(folder, "part")
+        try:
+            parts.append(self.tokenizer)
+        except RunFailed as error:
+            print(f"warning: saved without a tokenizer: {error}".replace("`", ""), file=sys.stderr)
+        try:
+            for part in parts:
+                part.save_pretrained(staging)
+            # configuration last, without which the folder is no model
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                with atomic_path(Path(folder) / path.name) as temporary:
+                    os.replace(path, temporary)
+        except (OSError, SafetensorError) as error:  # a full disk, mostly
+            raise not_written(folder, OSError(first_line(error))) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return f"transformers.AutoModel.from_pretrained('{folder}')"
+
+
 def image_family(visual):
     """The Backbone class for open_clip's image tower. Raises WrongCall, saying why, for one that
     has none."""
@@ -928,6 +1021,8 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
     """
     if name == "dinov3txt" or (Path(name) / DINOV3).is_file():
         backbone = load_dinotxt(name, random_init, hub_dir, dinov3_weights)
+    elif is_tipsv2(name):
+        backbone = load_tipsv2(str(name), random_init)
     else:
         backbone = load_open_clip(str(name), random_init, text, device)
     backbone.source = {"name": str(name), "random_init": random_init, "hub_dir": hub_dir,
@@ -982,7 +1077,18 @@ def load_open_clip(name, random_init, text, device):
         raise RunFailed(f"`backbone` {name} cannot be loaded: {first_line(error)}. "
                         f"{offline_advice(architecture, tag)}") from error
     backbone.config = config["model_cfg"]
+    if "positions" in config:  # of an official student's folder
+        backbone.positions = config["positions"]
+        if backbone.positions not in ("size", "scale"):
+            raise RunFailed(f"`backbone` {name}: its open_clip_config.json resamples positions by "
+                            f"{backbone.positions!r}; known are size and scale")
+        print(f"{name}: {said_positions(backbone)}", file=sys.stderr)
     return backbone
+
+
+def said_positions(backbone):
+    how = {"size": "size", "scale": "a scale factor of (grid + 0.1) / native grid"}
+    return f"positional embeddings are resampled by {how[backbone.positions]}"
 
 
 @contextlib.contextmanager
@@ -1177,6 +1283,71 @@ def build_dinotxt(clone):
         sys.path.remove(str(clone))
 
 
+# width, blocks and heads of the image tower, hidden width of the MLPs, blocks of the text tower,
+# SwiGLU (which takes two thirds of that hidden width) in the place of the image tower's MLPs
+TIPSV2 = {
+    "google/tipsv2-b14": (768, 12, 12, 3072, 12),
+    "google/tipsv2-l14": (1024, 24, 16, 4096, 12),
+    "google/tipsv2-so400m14": (1152, 27, 16, 4304, 27),
+    "google/tipsv2-g14": (1536, 40, 24, 6144, 12, True),
+}
+
+
+def tipsv2_place(name):
+    """What transformers is to load for a name: a repository, or a folder."""
+    return BACKBONES.get(name, str(name)).removeprefix("hf-hub:").removeprefix("local-dir:")
+
+
+def is_tipsv2(name):
+    place = tipsv2_place(name)
+    path = Path(place) / "config.json"
+    return place in TIPSV2 or (path.is_file()
+                               and read_json(path, "transformers").get("model_type") == "tipsv2")
+
+
+def tipsv2_advice(place):
+    if place not in TIPSV2:
+        return "The folder must hold all files that save_pretrained of transformers writes"
+    return (f"Without network, fetch all files of https://huggingface.co/{place} elsewhere, put "
+            "them into one folder and give `backbone` FOLDER")
+
+
+def load_tipsv2(name, random_init):
+    """TIPSv2 from its repository or a folder, or its architecture alone."""
+    place = tipsv2_place(name)
+    try:
+        from transformers import Tipsv2Config, Tipsv2Model
+    except ImportError:
+        raise RunFailed(f"`backbone` {name} needs transformers 5.14 or newer: pip install "
+                        "'transformers>=5.14'") from None
+    try:
+        with quiet_open_clip():
+            if random_init:
+                config = (tipsv2_config(*TIPSV2[place]) if place in TIPSV2
+                          else Tipsv2Config.from_pretrained(place))
+                return Tipsv2(Tipsv2Model(config), place)
+            model, found = Tipsv2Model.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # which are refused below
+            backbone = Tipsv2(model, place)
+    except Exception as error:  # transformers raises many types here
+        raise RunFailed(f"`backbone` {name} cannot be loaded: {first_line(error)}. "
+                        f"{tipsv2_advice(place)}") from error
+    refuse_misfits({"missing": found["missing_keys"], "unknown": found["unexpected_keys"],
+                    "of another shape": [key for key, *_ in found["mismatched_keys"]]}, place)
+    return backbone
+
+
+def tipsv2_config(width, blocks, heads, hidden, text_blocks, swiglu=False):
+    """transformers' configuration of a line of TIPSV2."""
+    from transformers import Tipsv2Config
+    both = {"hidden_size": width, "num_attention_heads": heads}
+    return Tipsv2Config(
+        vision_config=both | {"num_hidden_layers": blocks, "mlp_ratio": hidden / width,
+                              "use_swiglu_ffn": swiglu},
+        text_config=both | {"num_hidden_layers": text_blocks, "intermediate_size": hidden})
+
+
 class Unread:
     """Stands for an object in a checkpoint whose class is not loaded: settings and the like, beside
     the tensors."""
@@ -1226,12 +1397,17 @@ def load_strictly(module, tensors, source):
         "of another shape": [key for key in tensors
                              if key in expected and tensors[key].shape != expected[key].shape],
     }
-    complaints = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+    refuse_misfits(wrong, source)
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def refuse_misfits(wrong, source):
+    """Raise RunFailed if there are any: {what is wrong with them: names of weights}."""
+    complaints = [f"{len(keys)} {what} ({', '.join([*keys][:3])}{', ...' if len(keys) > 3 else ''})"
                   for what, keys in wrong.items() if keys]
     if complaints:
         raise RunFailed(f"{source} does not fit this architecture: of its weights, "
                         f"{'; '.join(complaints)}")
-    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
 
 
 def save_tensors(model, path, header=None):
@@ -1245,9 +1421,9 @@ def save_tensors(model, path, header=None):
             raise OSError(first_line(error)) from error
 
 
-def save_open_clip(model, config, folder):
+def save_open_clip(model, config, folder, positions="size"):
     """Write an open_clip model as a folder that open_clip loads as local-dir:FOLDER, with nothing
-    of this repository in it.
+    of this repository in it but, where it is not the usual one, the rule of resize_positions.
 
     config: its model_cfg.
     """
@@ -1255,8 +1431,9 @@ def save_open_clip(model, config, folder):
     preprocess = open_clip.get_model_preprocess_cfg(model)
     preprocess = {key: preprocess[key] for key in PREPROCESS}
     save_tensors(model, Path(folder) / "open_clip_model.safetensors")
+    rule = {"positions": positions} if positions == "scale" else {}
     write_json(Path(folder) / "open_clip_config.json",
-               {"model_cfg": config, "preprocess_cfg": preprocess})
+               {"model_cfg": config, "preprocess_cfg": preprocess, **rule})
 
 
 def weights_hash(backbone):
@@ -1277,6 +1454,11 @@ def window_starts(length, window, stride):
     if starts[-1] + window < length:
         starts.append(length - window)
     return starts
+
+
+def default_stride(patch):
+    """Pixels between a teacher's windows: 1.5 patches, the paper's 24 for patches of 16."""
+    return 3 * patch // 2
 
 
 def check_window(window, stride, patch):
@@ -1457,15 +1639,16 @@ def open_features(path):
 # ---- names, features and segmentation of one picture ---------------------------------------------
 
 @torch.no_grad()
-def embed_texts(backbone, names, chunk=256):
-    """One unit vector a name from open_clip's 80 templates: each text normalised, averaged,
-    normalised again. (N, D) float32."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES as templates
+def embed_texts(backbone, names, templates=None, chunk=256):
+    """One unit vector a name from templates (functions of it; open_clip's 80 by default): each text
+    normalised, averaged, normalised again. (N, D) float32."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+    templates = templates or OPENAI_IMAGENET_TEMPLATES
     texts = [template(name) for name in names for template in templates]
     embeddings = torch.cat([backbone.encode_text(texts[first:first + chunk])
                             for first in range(0, len(texts), chunk)])
     embeddings = F.normalize(embeddings, dim=-1)
-    embeddings = embeddings.unflatten(0, (len(names), len(templates)))  # (N, 80, D)
+    embeddings = embeddings.unflatten(0, (len(names), len(templates)))  # (N, T, D)
     return F.normalize(embeddings.mean(1), dim=-1)
 
 

@@ -17,13 +17,13 @@ import os
 import signal
 
 # --train-only: words of which one stands in the name of every such parameter, over open_clip's
-# ViTs, timm's and DINOv3's
+# ViTs, timm's, DINOv3's and TIPSv2's
 PARTS = {
     "qkv": {"in_proj_weight", "in_proj_bias", "qkv", "q_proj", "k_proj", "v_proj",
             "q_bias", "k_bias", "v_bias"},
     "mlp": {"mlp"},
-    "patch-embed": {"conv1", "patch_embed"},
-    "pos-embed": {"positional_embedding", "pos_embed"},
+    "patch-embed": {"conv1", "patch_embed", "patch_embeddings"},
+    "pos-embed": {"positional_embedding", "pos_embed", "position_embeddings"},
 }
 
 

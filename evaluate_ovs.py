@@ -12,6 +12,7 @@ any. Out: a table of mIoU, the same as JSON (--json), label maps, overlays and P
     torchrun --nproc-per-node 4 evaluate_ovs.py --dataset all --data-root /data --compare
     python evaluate_ovs.py --short-side 128 192 256 --json runs/sweep.json --plot runs/sweep.png
     python evaluate_ovs.py --results runs/sweep.json --plot runs/again.png     # from that file
+    python evaluate_ovs.py --backbone siglip2 --checkpoint spar.ckpt --save-student runs/official
 
 Interrupted, the same command continues. What IoU is, data/scores.py says.
 """
@@ -47,12 +48,16 @@ def parse_args(argv=None):
     add("--checkpoint", help="a student: a folder that distill.py wrote (default: runs/spar); or, "
         "with --backbone, a file with an official SPAR state dict")
     add("--backbone", help="evaluate this pre-trained model instead: tiny, siglip2, openclip, "
-        "dinov3txt, siglip2-naflex, hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG")
+        "dinov3txt, siglip2-naflex, tipsv2 (-b, -so, -g), hf-hub:ORG/NAME, local-dir:PATH, "
+        "ARCH/TAG")
+    add("--positions", choices=["size", "scale"], help="of an official checkpoint: positional "
+        "embeddings are resampled to a grid's size, or by a scale factor of (grid + 0.1) / native "
+        "grid, as the OpenCLIP ones were trained (default: scale for these, size for others)")
     add("--random-init", action="store_true",
         help="the architecture (and AnyUp's) without weights, for timing and tests")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
     add("--stride", "--strides", type=int, nargs="+", metavar="N", help="pixels between sliding "
-        "windows; several give several rows (default: half the window, and 24)")
+        "windows; several give several rows (default: half the window, and 1.5 patches)")
     add("--window", type=int, metavar="N", help="side of the sliding window in pixels (default: "
         "the size that the backbone was trained on)")
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
@@ -96,6 +101,11 @@ def parse_args(argv=None):
     for each in fields(Lposs):
         add(f"--lposs-{each.name}", type=type(each.default), default=each.default, metavar="X",
             help=f"{each.metadata['help']} (%(default)s)")
+    add("--protocol", choices=["spar", "tips"], default="spar", help="tips: as TIPSv2's authors "
+        "evaluate: TCL's 9 templates in the place of 80, a short side of 448, windows (of stride "
+        "336) whose class probabilities at a logit scale of 1 are averaged in the place of "
+        "similarities, no thresholds. They also resize pictures bicubically, and do not glue words "
+        "of ADE20K's names; both is not done here (%(default)s)")
     add("--logit-scale", type=float, metavar="X", help="of similarities in the softmax that "
         "--prob-threshold looks at (default: the benchmark's, else 40)")
     add("--prob-threshold", type=float, metavar="P",
@@ -111,6 +121,9 @@ def parse_args(argv=None):
         "files that --json wrote, together")
     add("--save-maps", metavar="DIR", help="write label maps, overlays with a legend, PCA pictures "
         "and a contact sheet to DIR (own pictures without masks: runs/maps)")
+    add("--save-student", metavar="DIR", help="write what an official checkpoint holds as a "
+        "student's folder, which open_clip loads and --checkpoint and --backbone take; evaluates "
+        "only if --dataset or --images is given")
     add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished "
         "run are kept, one folder for all processes (%(default)s)")
     add = parser.add_argument_group("with what").add_argument
@@ -132,6 +145,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -147,13 +161,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (BACKBONES, DINOV3, IGNORE, RunFailed, Stitcher, WrongCall, append_json_lines,
-                    atomic_path, bilinear_strips, chosen_window, command_line,
-                    embed_texts, encode_windows, first_line, fit_to_patches, hub_clone,
-                    label_strips, load_backbone, load_strictly, prefetch, prepare, read_json,
-                    read_json_lines, read_tensors, short_name, speaks_flags, start_runtime,
-                    stitch_axis, stitched_features, weights_hash, window_starts, write_json,
-                    write_json_lines)
+from common import (BACKBONES, IGNORE, MODEL_FILES, RunFailed, Stitcher, WrongCall,
+                    append_json_lines, atomic_path, bilinear_strips, chosen_window,
+                    command_line, default_stride, embed_texts, encode_windows, first_line,
+                    fit_to_patches, hub_clone, label_strips, load_backbone, load_strictly,
+                    prefetch, prepare, read_json, read_json_lines, read_tensors, said_positions,
+                    short_name, speaks_flags, start_runtime, stitch_axis, stitched_features,
+                    weights_hash, window_starts, write_json, write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes)
@@ -207,6 +221,60 @@ class PixelStitcher(Stitcher):
             some = torch.lerp(some[:, left], some[:, right], across.to(pixels)[:, None])
             return some.permute(2, 0, 1)
         return strip
+
+
+class ProbabilityStitcher:
+    """Class probabilities of windows at pixels - the softmax of upsampled similarities, at a logit
+    scale of 1 - averaged where they overlap (TIPS' notebook).
+
+    Unlike the others this is not linear, so that whole maps are summed: N x H x W floats.
+    """
+
+    def __init__(self, size, window, stride, patch, device="cpu"):
+        starts = (window_starts(length, side, stride) for length, side in zip(size, window))
+        self.corners = itertools.product(*starts)  # of windows that are still to come
+        self.window = [min(pair) for pair in zip(size, window)]
+        self.counts, self.total = torch.zeros(size, device=device), None
+
+    def add(self, similarities):
+        """The next windows in reading order: (n, i, j, N)."""
+        height, width = self.window
+        for each in similarities:
+            top, left = next(self.corners)
+            place = slice(top, top + height), slice(left, left + width)
+            if self.total is None:
+                self.total = self.counts.new_zeros(each.shape[2], *self.counts.shape)
+            pixels = bilinear_strips(each.float(), self.window)(0, height)  # (N, height, width)
+            self.total[:, *place] += pixels.softmax(0)
+            self.counts[place] += 1
+
+    def strips(self, size):
+        """A function of (first, last) that gives these rows at `size`: (N, rows, W)."""
+        assert self.counts.min() > 0, "windows are missing"
+        return bilinear_strips((self.total / self.counts).permute(1, 2, 0), size)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What published evaluations do differently, whatever the backbone. None: as the data set or
+    the backbone has it."""
+    templates: tuple  # of the text, functions of a name
+    stitcher: type = PixelStitcher  # of a sliding window's similarities
+    strides: tuple | None = None
+    size: Size | None = None
+    rule: Rule | None = None
+
+
+# "tips": TIPS_zeroshot_segmentation.ipynb in github.com/google-deepmind/tips
+PROTOCOLS = {
+    "spar": Protocol(tuple(open_clip.OPENAI_IMAGENET_TEMPLATES)),
+    "tips": Protocol(
+        tuple(text.format for text in (
+            "itap of a {}.", "a bad photo of a {}.", "a origami {}.", "a photo of the large {}.",
+            "a {} in a video game.", "art of the {}.", "a photo of the small {}.",
+            "a photo of many {}.", "a photo of {}s.")),
+        ProbabilityStitcher, (336,), Size(448), Rule(1.0)),
+}
 
 
 # ---- label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in the places of its
@@ -510,6 +578,7 @@ class Method:
     window: tuple | None = None
     batch_size: int = 60
     autocast: object = contextlib.nullcontext
+    protocol: Protocol = PROTOCOLS["spar"]
     refine: str = "none"
     lposs: Lposs = Lposs()
     anyup: AnyUp | None = None
@@ -546,8 +615,8 @@ class Method:
                               self.autocast)
 
     def stitcher(self, picture):
-        return PixelStitcher(picture.shape[-2:], self.window, self.stride, self.backbone.patch,
-                             picture.device)
+        return self.protocol.stitcher(picture.shape[-2:], self.window, self.stride,
+                                      self.backbone.patch, picture.device)
 
     def window_similarities(self, picture, texts):
         """The sliding-window baseline: similarities of all windows, joined at pixels."""
@@ -895,6 +964,14 @@ def check_flags(args):
         raise WrongCall("--short-side and --area exclude each other")
     if not 0 <= args.lposs_alpha < 1 or args.lposs_tau <= 0:
         raise WrongCall("--lposs-alpha must be from 0 to under 1, --lposs-tau positive")
+    if args.protocol == "tips" and (args.prob_threshold or args.area_threshold):
+        raise WrongCall("--protocol tips has no thresholds; leave --prob-threshold and "
+                        "--area-threshold away")
+    official = args.backbone and args.checkpoint and not Path(args.checkpoint).is_dir()
+    for flag in ("positions", "save_student"):
+        if getattr(args, flag) and not official:
+            raise WrongCall(f"--{flag.replace('_', '-')} goes with an official checkpoint: "
+                            "--backbone NAME --checkpoint FILE")
     if args.results and args.json:
         raise WrongCall("--results reads what --json wrote; leave --json away")
     if args.upsampler == ["anyup"] and (args.inference == "sliding-window"
@@ -947,6 +1024,31 @@ def load_checkpoint(backbone, path):
         load_strictly(backbone.model, tensors, path)
 
 
+def choose_positions(backbone, rule):
+    """How an official student resamples its positions: by the rule, or as its kind was trained."""
+    if rule and backbone.positions is None:
+        raise WrongCall(f"--positions {rule}: this backbone resamples positions by a rule of its "
+                        "own; leave it out")
+    backbone.positions = rule or backbone.official_positions
+    if backbone.positions:
+        print(said_positions(backbone))
+
+
+def save_student(student, args):
+    """--save-student: the folder that distill.py would have written."""
+    folder = Path(args.save_student)
+    note = folder / "spar.json"
+    if note.exists() and "converted_from" not in read_json(note, "distill.py"):
+        raise WrongCall(f"--save-student {folder} holds a student that distill.py trained; give "
+                        "another folder")
+    loading = student.save(folder)
+    teacher = {"backbone": args.backbone, "random_init": args.random_init,
+               "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights}
+    write_json(note, {"teacher": teacher, "converted_from": args.checkpoint,
+                      "positions": student.positions})
+    print(f"student in {folder}: {loading}")
+
+
 def read_student(folder, needs_teacher):
     """The settings of the teacher of a student's folder. Raises RunFailed where it is none."""
     if not folder.exists():
@@ -958,7 +1060,7 @@ def read_student(folder, needs_teacher):
     teacher = {"backbone": str(folder)}
     if needs_teacher or (folder / "spar.json").is_file():
         teacher = read_json(folder / "spar.json", "distill.py")["teacher"]
-    if not any((folder / name).is_file() for name in ("open_clip_config.json", DINOV3)):
+    if not any((folder / name).is_file() for name in MODEL_FILES):
         raise RunFailed(f"{folder} holds no finished student: the distill.py command that began it "
                         "continues, and writes one")
     return teacher
@@ -978,6 +1080,7 @@ def load_models(args, compare, device):
         model = load_backbone(origin, random_init, device, text=True, **files)
         if args.checkpoint:
             load_checkpoint(model, checkpoint)
+            choose_positions(model, args.positions)
         pretrained, student = (None, model) if args.checkpoint else (model, None)
     else:
         teacher = read_student(checkpoint, compare)
@@ -995,9 +1098,13 @@ def load_models(args, compare, device):
     return pretrained, student, origin
 
 
-def plain_methods(args, runtime, strides=None):
-    """The ways to look at pictures, from the flags: a list of Method. strides: of the window, where
-    no flag says (half the window, and 24)."""
+def usual_strides(backbone, window):
+    return [min(window) // 2, default_stride(backbone.patch)]
+
+
+def plain_methods(args, runtime, strides=usual_strides):
+    """The ways to look at pictures, from the flags: a list of Method. strides: of a backbone and
+    its window, where no flag says."""
     demo_as_it_is = args.dataset in (None, "demo") and not (
         args.images or args.inference or args.backbone or args.checkpoint or args.stride)
     compare = demo_as_it_is if args.compare is None else args.compare
@@ -1016,7 +1123,7 @@ def plain_methods(args, runtime, strides=None):
 
     if slide:
         window = chosen_window(slider, args.window, 1)
-        strides = dict.fromkeys(args.stride or strides or [min(window) // 2, 24])
+        strides = dict.fromkeys(args.stride or strides(slider, window))
     single = [method("single-pass", "single pass", pretrained)] if pretrained else []
     sliding = [method(f"sliding-window/{stride}", f"window, stride {stride}", slider, stride)
                for stride in strides] if slide else []
@@ -1026,7 +1133,9 @@ def plain_methods(args, runtime, strides=None):
 
 def open_methods(args, runtime):
     """The rows of the table, from the flags: a list of Method."""
-    methods, anyup = plain_methods(args, runtime), None
+    protocol, anyup = PROTOCOLS[args.protocol], None
+    strides = (lambda *_: protocol.strides) if protocol.strides else usual_strides
+    methods = plain_methods(args, runtime, strides)
     single_pass = any(not method.stride for method in methods)
     if "anyup" in args.upsampler and single_pass and set(args.refine) != {"lposs+"}:
         anyup = AnyUp(args.anyup_model, args.hub_dir, args.random_init, runtime.device)
@@ -1035,15 +1144,16 @@ def open_methods(args, runtime):
     def rows(method):
         pairs = [(refine, None if method.stride or refine == "lposs+" or upsampler != "anyup"
                   else anyup) for refine in args.refine for upsampler in args.upsampler]
-        return [replace(method, refine=refine, lposs=lposs, anyup=upsampler)
+        return [replace(method, protocol=protocol, refine=refine, lposs=lposs, anyup=upsampler)
                 for refine, upsampler in dict.fromkeys(pairs)]
     return [row for method in methods for row in rows(method)]
 
 
 def choose_rule(method, dataset, scale, threshold, area_threshold):
-    """The thresholds of a method on a data set: the benchmark's for its backbone, but for those
-    that are given. Raises WrongCall."""
-    rule = benchmark_rule(dataset.name, method.origin) if method.refine == "none" else Rule()
+    """The thresholds of a method on a data set: the protocol's, or the benchmark's for its
+    backbone, but for those that are given. Raises WrongCall."""
+    usual = benchmark_rule(dataset.name, method.origin) if method.refine == "none" else Rule()
+    rule = method.protocol.rule or usual
     rule = Rule(rule.logit_scale if scale is None else scale,
                 rule.threshold if threshold is None else threshold,
                 rule.area_threshold if area_threshold is None else area_threshold)
@@ -1068,9 +1178,11 @@ def protocol_settings(args, runtime, methods):
         "backbone": methods[0].origin, "random_init": args.random_init,
         "weights": {method.label: hashes[method.backbone] for method in methods},
         "window": list(window) if window else None,
+        "positions": methods[-1].backbone.positions,
         "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one has "
                   "at most 2048; sides then resampled to multiples of the patch",
-        "templates": 80, "upsampler": args.upsampler,
+        "protocol": args.protocol, "templates": len(methods[0].protocol.templates),
+        "upsampler": args.upsampler,
         "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest},
         "refine": args.refine,
         "lposs": {each.name: getattr(args, f"lposs_{each.name}") for each in fields(Lposs)},
@@ -1142,6 +1254,11 @@ def main(args):
     maps = maps_folder(args.save_maps, args.images, labelled)
     runtime = start_runtime(args.device, args.precision, args.seed)
     methods = open_methods(args, runtime)
+    if args.save_student:
+        if runtime.rank == 0:
+            save_student(methods[-1].backbone, args)
+        if not (args.dataset or args.images):
+            return
     given = args.logit_scale, args.prob_threshold, args.area_threshold
     rules = [[choose_rule(method, dataset, *given) for method in methods] for dataset in datasets]
     for dataset in datasets:
@@ -1153,11 +1270,11 @@ def main(args):
 
     sizes = [Size(side) for side in dict.fromkeys(args.short_side or [])]
     sizes += [Size(area=side) for side in dict.fromkeys(args.area or [])]
-    results, finished = [], []
+    results, finished, protocol = [], [], PROTOCOLS[args.protocol]
     for dataset, dataset_rules in zip(datasets, rules):
         # the student's text tower is the pre-trained one
-        texts = embed_texts(methods[-1].backbone, dataset.classes.flat)
-        for size in sizes or [dataset.size]:
+        texts = embed_texts(methods[-1].backbone, dataset.classes.flat, protocol.templates)
+        for size in sizes or [protocol.size or dataset.size]:
             folder = subfolder(subfolder(maps, dataset.name, datasets), str(size.asked), sizes)
             rows = [Row(method, dataset, size, rule, Path(args.state) / journal_name(
                 settings, dataset, texts, size, method, rule),

@@ -51,12 +51,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--checkpoint", help="a student: a folder that distill.py wrote (default: runs/spar); or, "
         "with --backbone, a file with an official SPAR state dict")
-    add("--backbone", help="evaluate this pre-trained model instead, by any name that "
-        "evaluate_ovs.py takes")
+    add("--backbone", help="evaluate this pre-trained model instead (as in evaluate_ovs.py)")
     add("--random-init", action="store_true", help="the architecture without weights, for tests")
+    add("--positions", choices=["size", "scale"], help="of an official checkpoint file: see "
+        "evaluate_ovs.py")
     add("--inference", choices=["single-pass", "sliding-window"])
     add("--stride", type=int, nargs="+", metavar="N", help="pixels between sliding windows, whose "
-        "features are stitched (default: 24)")
+        "features are stitched (default: 1.5 patches)")
     add("--window", type=int, metavar="N", help="side of the sliding window (default: native)")
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
         "pre-trained sliding window and student in one table (default: on for the demo)")
@@ -110,9 +111,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (RunFailed, WrongCall, atomic_path, bilinear_strips, command_line, embed_texts,
-                    nearest_multiple, prefetch, read_image, read_json, speaks_flags, start_runtime,
-                    weights_hash, write_json)
+from common import (RunFailed, WrongCall, atomic_path, bilinear_strips, command_line,
+                    default_stride, embed_texts, nearest_multiple, prefetch, read_image, read_json,
+                    speaks_flags, start_runtime, weights_hash, write_json)
 from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, nearest_labels,
                              own_pictures, picture_size, read_labels)
 from data.crops import crop_logits, random_crop
@@ -403,8 +404,8 @@ def main(args):
             raise RunFailed("the data has the problems listed above")
         return
     runtime = start_runtime(args.device, args.precision)
-    methods, training = plain_methods(args, runtime, [24]), choose_training(args)
-    patch = methods[0].backbone.patch
+    methods = plain_methods(args, runtime, lambda backbone, _: [default_stride(backbone.patch)])
+    training, patch = choose_training(args), methods[0].backbone.patch
     if training.crop and training.crop % patch:
         raise WrongCall(f"--crop {training.crop}: must be a multiple of the patch, {patch}")
     present = {key: check_masks(each, runtime, args.workers).numpy()

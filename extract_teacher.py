@@ -27,9 +27,9 @@ def parse_args(argv=None):
         "(default: the demo's training pictures)")
     add("--out", default="runs/teacher",
         help="folder to write (%(default)s); about 2 bytes x D for every 16 x 16 pixels")
-    add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or what open_clip "
-        "takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (default: tiny on the demo, siglip2 with "
-        "--images)")
+    add("--backbone", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, tipsv2 (-b, -so, "
+        "-g), or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (default: tiny on "
+        "the demo, siglip2 with --images)")
     add("--random-init", action="store_true",
         help="the architecture without weights, for timing and tests")
     add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3 "
@@ -40,8 +40,8 @@ def parse_args(argv=None):
         "how its dense features are made or why it has none (25 s)")
     add("--limit", type=int, metavar="N", help="use the first N pictures only")
     add = parser.add_argument_group("the teacher").add_argument
-    add("--stride", type=int, default=24, help="pixels between windows (%(default)s); finer costs "
-        "quadratically more; 0 is a single-pass teacher")
+    add("--stride", type=int, help="pixels between windows (default: 1.5 patches, 24 for patches "
+        "of 16); finer costs quadratically more; 0 is a single-pass teacher")
     add("--window", type=int, help="side of the window in pixels (default: the size that the "
         "backbone was trained on)")
     add("--augment", choices=["paper", "large", "none"], default="paper", help="how pictures are "
@@ -94,11 +94,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, chosen_window, command_line, file_state, free_bytes, is_unchanged,
-                    list_images, load_backbone, nearest_multiple, open_features, planned_size,
-                    prefetch, read_image, read_index, read_json_lines, require_room,
-                    require_same_settings, speaks_flags, start_runtime, stitched_features,
-                    weights_hash, windows_a_pass, write_json, write_json_lines)
+                    atomic_path, chosen_window, command_line, default_stride, file_state,
+                    free_bytes, is_unchanged, list_images, load_backbone, nearest_multiple,
+                    open_features, planned_size, prefetch, read_image, read_index,
+                    read_json_lines, require_room, require_same_settings, speaks_flags,
+                    start_runtime, stitched_features, weights_hash, windows_a_pass, write_json,
+                    write_json_lines)
 
 # ---- augmentation: once per image, as a teacher map belongs to one version of it -----------------
 
@@ -338,7 +339,8 @@ def list_backbones():
               f"{len(backbone.blocks)} blocks, {backbone.dim} dimensions, "
               f"pooled by {backbone.pooling}; "
               f"{len(open_clip.list_pretrained_tags_by_model(name))} published weights")
-    print(f"{known} of {len(names)} architectures work; besides them, siglip2-naflex and dinov3txt")
+    print(f"{known} of {len(names)} architectures work; besides them, siglip2-naflex, dinov3txt "
+          "and tipsv2")
 
 
 def compile_backbone(backbone, device):
@@ -405,14 +407,15 @@ def main(args):
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone = load_backbone(name, args.random_init, runtime.device, hub_dir=args.hub_dir,
                              dinov3_weights=args.dinov3_weights)
-    window = chosen_window(backbone, args.window, args.stride)
+    stride = default_stride(backbone.patch) if args.stride is None else args.stride
+    window = chosen_window(backbone, args.window, stride)
     if args.compile:
         compile_backbone(backbone, runtime.device)
     pictures = Pictures(root, augmentation, backbone.patch, args.seed)
     settings = {
         "backbone": name, "random_init": args.random_init, "hub_dir": args.hub_dir,
         "dinov3_weights": args.dinov3_weights, "weights": weights_hash(backbone),
-        "stride": args.stride, "window": window and list(window),
+        "stride": stride, "window": window and list(window),
         "augment": dataclasses.asdict(augmentation) | {"ratio": list(augmentation.ratio)}
         if augmentation else "none", "versions": versions, "seed": args.seed,
         "precision": runtime.precision, "compile": args.compile, "images": str(root),
@@ -432,11 +435,11 @@ def main(args):
     # by place alone, so that no two writers ever have the same job, whenever they start
     mine = folder.missing(jobs[me::writers])
     if runtime.rank == 0:
-        print(describe_teacher(backbone, window, args.stride, args.batch_size))
+        print(describe_teacher(backbone, window, stride, args.batch_size))
         announce(out, pictures, images, jobs, backbone.dim)
 
     def encode(pixels):
-        return stitched_features(backbone, backbone.normalise(pixels), window, args.stride,
+        return stitched_features(backbone, backbone.normalise(pixels), window, stride,
                                  args.batch_size, runtime.autocast)
 
     started = time.time()

@@ -16,8 +16,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--backbone", default="tiny", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, or "
-        "what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG (%(default)s)")
+    add("--backbone", default="tiny", help="tiny, siglip2, openclip, dinov3txt, siglip2-naflex, "
+        "tipsv2 (-b, -so, -g), or what open_clip takes: hf-hub:ORG/NAME, local-dir:PATH, ARCH/TAG "
+        "(%(default)s)")
     add("--hub-dir", metavar="DIR", help="dinov3txt: a clone of github.com/facebookresearch/dinov3 "
         "in the place of torch.hub's download")
     add("--dinov3-weights", nargs=2, metavar=("BACKBONE", "TEXT"),
@@ -27,7 +28,7 @@ def parse_args(argv=None):
     add("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, resampled to multiples "
         "of the patch (default: 1, 2 and 3 times the native side)")
     add("--strides", type=int, nargs="+", metavar="N", help="strides of the sliding window; 0 is "
-        "the single pass (default: 0, half the window, 24)")
+        "the single pass (default: 0, half the window, 1.5 patches)")
     add("--window", type=int, metavar="N", help="side of the window in pixels (default: the size "
         "that the backbone was trained on)")
     add("--batch-size", type=int, default=60,
@@ -61,7 +62,8 @@ import open_clip
 import torch
 
 from common import (DTYPES, WrongCall, atomic_path, chosen_window, command_line, cut_windows,
-                    load_backbone, nearest_multiple, speaks_flags, start_runtime, write_json)
+                    default_stride, load_backbone, nearest_multiple, speaks_flags, start_runtime,
+                    write_json)
 
 # ---- measures ------------------------------------------------------------------------------------
 
@@ -231,7 +233,8 @@ def main(args):
     backbone = load_backbone(args.backbone, args.random_init, runtime.device, hub_dir=args.hub_dir,
                              dinov3_weights=args.dinov3_weights)
     window = chosen_window(backbone, args.window, 0)
-    strides = args.strides or ([0, min(window) // 2, 24] if window else [0])
+    finest = default_stride(backbone.patch)
+    strides = args.strides or ([0, min(window) // 2, finest] if window else [0])
     strides = list(dict.fromkeys(strides))
     for stride in strides:
         chosen_window(backbone, args.window, stride)

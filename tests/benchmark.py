@@ -671,7 +671,7 @@ def distill_memory(args, work):
 MEASURES = {"stitching": measure_stitching, "extraction": measure_extraction,
             "single-pass": measure_single_pass, "student": measure_student,
             "evaluation": measure_evaluation, "knn": measure_knn, "memory": measure_memory,
-            "distill": measure_distill}
+            "help": measure_help, "distill": measure_distill}
 
 
 def sides(text):

@@ -91,7 +91,7 @@ def known_mapping(name):
 def quick_texts(monkeypatch):
     """Text embeddings from a hash of the name instead of a text tower: 150 classes have 12,000
     prompts."""
-    def embed(backbone, names):
+    def embed(backbone, names, templates):
         return F.normalize(torch.stack([
             torch.randn(backbone.dim,
                         generator=torch.Generator().manual_seed(sum(map(ord, name))))

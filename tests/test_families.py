@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import common
+import evaluate_ovs
 from common import DinoTxt, RunFailed, WrongCall, embed_texts, load_backbone, segment
 from conftest import MICRO
 from evaluate_ovs import load_checkpoint
+from test_stages import run
 
 
 def shaken(backbone):
@@ -417,6 +419,112 @@ def test_official_checkpoints_load_strictly(prefix, towers, micro, tmp_path, mon
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "spar.ckpt").read_bytes()[:2000])
     with pytest.raises(RunFailed, match="cut.ckpt cannot be read as weights"):
         load_checkpoint(student, "cut.ckpt")
+
+
+def bicubic_by_scale(table, old, new):
+    """A table (old, C) sampled along its axis at steps of old / (new + 0.1), by Keys' kernel of
+    -0.75: the published interpolation, written out."""
+    places = (torch.arange(new, dtype=torch.float64) + 0.5) * old / (new + 0.1) - 0.5
+    sampled = torch.zeros(new, table.shape[1], dtype=torch.float64)
+    for near in range(-1, 3):
+        neighbour = places.floor() + near
+        d = (places - neighbour).abs()
+        weight = torch.where(d <= 1, 1.25 * d ** 3 - 2.25 * d ** 2 + 1,
+                             -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4))
+        sampled += weight[:, None] * table[neighbour.clamp(0, old - 1).long()]
+    return sampled
+
+
+@pytest.mark.parametrize("grid", [(14, 28), (42, 63), (5, 9), (1, 1), (14, 14)])
+def test_positions_of_the_authors_openclip_students(grid):
+    table = torch.randn(14 * 14, 8, dtype=torch.float64)
+    rows = bicubic_by_scale(table.view(14, -1), 14, grid[0])
+    columns = rows.view(grid[0], 14, 8).transpose(0, 1).reshape(14, -1)
+    expected = bicubic_by_scale(columns, 14, grid[1]).view(grid[1], grid[0], 8).transpose(0, 1)
+    if grid == (14, 14):
+        expected = table
+    scaled = common.resize_positions(table, (14, 14), grid, "scale")
+    assert torch.allclose(scaled, expected.reshape(-1, 8), atol=1e-5)
+    by_size = common.resize_positions(table, (14, 14), grid)
+    assert torch.equal(by_size, scaled) == (grid == (14, 14))
+
+
+@pytest.fixture
+def official(request, micro, tmp_path):
+    """A student in the authors' layout, from random weights, of a native tower or of SigLIP's:
+    (the backbone's name, the checkpoint, the student)."""
+    source = micro if request.param == "native" else request.getfixturevalue("siglip")
+    student = shaken(load_backbone(source, text=True))
+    torch.save({"state_dict": {f"segmentor.net.model.{key}": value
+                               for key, value in student.model.state_dict().items()}},
+               tmp_path / "spar.ckpt")
+    return source, tmp_path / "spar.ckpt", student
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("official, rule, positions", [
+    ("native", [], "scale"), ("native", ["--positions", "size"], "size"), ("timm", [], "size"),
+], indirect=["official"])
+def test_an_official_checkpoint_becomes_a_folder(official, rule, positions, photos, tmp_path,
+                                                 capsys):
+    """Evaluated, converted, loaded by plain open_clip and as --backbone: equal features, and
+    positions by the rule that it was trained with, which is said."""
+    source, checkpoint, student = official
+    student.positions = positions
+    folder, own = tmp_path / "converted", ["--images", photos / "1.png", "--classes", "cat, dog",
+                                           "--state", tmp_path / "state", "--save-maps"]
+    flags = ["--backbone", source, "--checkpoint", checkpoint, *rule]
+    run(evaluate_ovs, *flags, "--save-student", folder, *own, tmp_path / "maps")
+    out = capsys.readouterr().out
+    how = "by size" if positions == "size" else "by a scale factor of (grid + 0.1)"
+    assert how in out and f"student in {folder}: open_clip.create_model_and_transforms" in out
+    run(evaluate_ovs, *flags, "--save-student", folder)  # again, and nothing else
+    assert "1.png" not in capsys.readouterr().out
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    assert config.get("positions", "size") == positions
+
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    images = torch.randn(2, 3, *student.window)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a cat"])
+    assert torch.equal(model.encode_image(images), student.model.encode_image(images))
+    assert torch.equal(model.encode_text(tokens), student.model.encode_text(tokens))
+    again = load_backbone(folder)
+    assert (how in capsys.readouterr().err) == (positions == "scale")
+    wide = torch.randn(1, 3, 96, 208)
+    for each in (images, wide):
+        assert torch.equal(again.encode_dense(each), student.encode_dense(each))
+    again.positions = "size"
+    assert torch.equal(again.encode_dense(wide), student.encode_dense(wide)) == (
+        positions == "size")
+
+    for name, given in (("file", flags), ("student", ["--checkpoint", folder]),
+                        ("backbone", ["--backbone", folder])):
+        run(evaluate_ovs, *given, *own, tmp_path / name)
+        assert ((tmp_path / name / "1.png.labels.png").read_bytes()
+                == (tmp_path / "maps" / "1.png.labels.png").read_bytes())
+    run(evaluate_ovs, "--checkpoint", folder, "--compare", *own, tmp_path / "compared")
+
+
+def test_only_official_checkpoints_are_converted(micro, siglip, tmp_path):
+    """Nor is a student that was trained here overwritten."""
+    for flags in (["--backbone", micro], ["--checkpoint", tmp_path],
+                  ["--backbone", micro, "--checkpoint", tmp_path]):
+        for flag in (["--save-student", tmp_path], ["--positions", "size"]):
+            with pytest.raises(WrongCall, match=f"{flag[0]} goes with an official checkpoint"):
+                run(evaluate_ovs, *flags, *flag)
+    model = load_backbone(micro, text=True).model
+    torch.save({f"model.{key}": value for key, value in model.state_dict().items()},
+               tmp_path / "spar.ckpt")
+    (tmp_path / "spar.json").write_text("{}")
+    with pytest.raises(WrongCall, match="holds a student that distill.py trained"):
+        run(evaluate_ovs, "--backbone", micro, "--checkpoint", tmp_path / "spar.ckpt",
+            "--save-student", tmp_path)
+    path = tmp_path / "model" / "open_clip_config.json"
+    load_backbone(micro).save(path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"positions": "by magic"}))
+    with pytest.raises(RunFailed, match="'by magic'; known are size and scale"):
+        load_backbone(path.parent)
 
 
 @pytest.mark.parametrize("error, said", [
