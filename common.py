@@ -16,6 +16,8 @@ import json
 import math
 import os
 import pickle
+import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -102,9 +104,10 @@ def speaks_flags(main):
 
 def command_line(main, *args):
     """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr."""
-    # a batch system's SIGTERM ends a stage as Ctrl-C does
+    # a batch system's SIGTERM ends a stage as Ctrl-C does; a shell's background job ignores SIGINT
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -197,6 +200,30 @@ def atomic_path(path, writer=""):
         raise
 
 
+def this_process():
+    """Whose temporary files are whose, in a folder that processes and machines share."""
+    return f"{platform.node()}-{os.getpid()}-"
+
+
+def remove_remains(folder):
+    """Take away temporary files that killed processes of this machine left in such a folder."""
+    name = re.compile(rf"(?:\.tmp-)+{re.escape(platform.node())}-(\d{{1,9}})-")
+    for path in Path(folder).rglob(".tmp-*"):
+        process = name.match(path.name)
+        if process and not is_running(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_json(path, value, writer=""):
     with atomic_path(path, writer) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -269,22 +296,27 @@ def read_index(folder):
     return [entries[key] for key in sorted(entries)]
 
 
+def file_stat(path):
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def file_state(path):
     """By which a picture is known again: its size and date, and a digest of its bytes."""
-    stat = os.stat(path)
+    stat = file_stat(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return {"stat": [stat.st_size, stat.st_mtime_ns], "digest": digest}
+    return {"stat": stat, "digest": digest}
 
 
 def is_unchanged(path, state):
     """Whether a file is still what file_state told; it is read only where its date has changed."""
     if not os.path.isfile(path):
         return False
-    stat = os.stat(path)
-    if "stat" not in state or [stat.st_size, stat.st_mtime_ns] == state["stat"]:
+    stat = file_stat(path)
+    if "stat" not in state or stat == state["stat"]:
         return True
-    return stat.st_size == state["stat"][0] and file_state(path)["digest"] == state["digest"]
+    return stat[0] == state["stat"][0] and file_state(path)["digest"] == state["digest"]
 
 
 def free_bytes(folder):
@@ -309,7 +341,7 @@ def require_same_settings(path, settings, free=(), flag="--out"):
     """
     path = Path(path)
     if not path.exists():
-        mine = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+        mine = path.with_name(f".tmp-{this_process()}{secrets.token_hex(8)}-{path.name}")
         write_json(mine, settings)
         try:
             os.link(mine, path)  # unlike a replacement, only one of several first runs succeeds

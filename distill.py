@@ -78,7 +78,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import contextlib
 import dataclasses
@@ -86,7 +87,6 @@ import fcntl
 import hashlib
 import json
 import math
-import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -99,9 +99,9 @@ from tqdm import tqdm
 from common import (RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
                     atomic_path, command_line, embed_texts, first_line, free_bytes, is_unchanged,
                     load_backbone, nearest_multiple, open_features, planned_size, prefetch,
-                    read_image, read_index, read_json, read_json_lines, require_room,
-                    require_same_settings, resize_image, speaks_flags, start_runtime, weights_hash,
-                    write_json, write_json_lines)
+                    read_image, read_index, read_json, read_json_lines, remove_remains,
+                    require_room, require_same_settings, resize_image, speaks_flags, start_runtime,
+                    this_process, weights_hash, write_json, write_json_lines)
 from data.benchmarks import read_classes
 
 STATE = "training_state.pt"
@@ -323,8 +323,8 @@ class FrozenTokens:
             raise RunFailed(f"the tokens of {entry['image']} are beyond {FLOAT16_MAX} before the "
                             "first trained block, which float16 cannot hold; use --cache-frozen "
                             "off and another --out")
-        writer = f"{platform.node()}-{os.getpid()}-"
-        with atomic_path(self.path(entry), writer) as temporary, open(temporary, "wb") as file:
+        path = self.path(entry)
+        with atomic_path(path, this_process()) as temporary, open(temporary, "wb") as file:
             np.save(file, tokens)
 
     def decide(self, must, earlier, epochs):
@@ -633,7 +633,8 @@ def noted_signals():
     way is finished and saved."""
     noted = []
     before = {number: signal.signal(number, lambda number, _: noted.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
+              for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield noted
     finally:
@@ -743,6 +744,7 @@ def begin(out, settings, parameters, cache, reason, must):
             raise RunFailed(f"{cache.folder} holds tokens, but no frozen.json that says what of; "
                             "delete that folder, or give another --cache-frozen")
         require_same_settings(cache.folder / "frozen.json", cache.settings, flag="--cache-frozen")
+        remove_remains(cache.folder)
 
 
 @contextlib.contextmanager

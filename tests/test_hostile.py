@@ -3,7 +3,9 @@ one line."""
 import errno
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -146,14 +148,18 @@ def test_a_picture_that_changed_is_noticed(micro, pictures, tmp_path):
     train(teacher, tmp_path / "spar")
 
 
-def test_a_copied_picture_is_the_same(micro, pictures, tmp_path):
-    """Another date alone makes nothing anew."""
+def test_a_copied_picture_is_the_same(micro, pictures, tmp_path, monkeypatch):
+    """Another date alone makes nothing anew; once noted, the picture is not read for it again."""
     extract(micro, pictures, tmp_path / "teacher")
-    before = (tmp_path / "teacher" / "index.jsonl").read_bytes()
+    before = read_index(tmp_path / "teacher")
     for path in pictures.iterdir():
         os.utime(path, (1, 1))
+    monkeypatch.setattr(extract_teacher, "read_image", lambda _: pytest.fail("made anew"))
     extract(micro, pictures, tmp_path / "teacher")
-    assert (tmp_path / "teacher" / "index.jsonl").read_bytes() == before
+    monkeypatch.setattr(common, "file_state", lambda _: pytest.fail("read again"))
+    extract(micro, pictures, tmp_path / "teacher")
+    after = read_index(tmp_path / "teacher")
+    assert after == [entry | {"stat": [entry["stat"][0], 10 ** 9]} for entry in before]
     train(tmp_path / "teacher", tmp_path / "spar")
 
 
@@ -382,6 +388,36 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
         assert process.returncode and process.stderr == ""
 
 
+def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
+    """As a shell starts it; a Ctrl-C that is meant for another job reaches it, too."""
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update(
+        {number: handler}) or signal.SIG_DFL)
+
+    def main():
+        assert handlers == {signal.SIGINT: signal.SIG_IGN,
+                            signal.SIGTERM: signal.default_int_handler}
+        with distill.noted_signals():
+            assert handlers[signal.SIGINT] == signal.SIG_IGN
+            assert handlers[signal.SIGTERM] != signal.default_int_handler
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(main)
+    assert leaving.value.code == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_for_another_job_while_libraries_are_imported(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise SystemExit(7)")
+    for script in STAGES:
+        process = subprocess.run(
+            [sys.executable, str(common.ROOT / f"{script}.py")], capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        assert process.returncode == 7
+
+
 def damage(path, how):
     if how == "zip":
         with open(path, "wb") as file:
@@ -507,6 +543,23 @@ def test_remains_of_a_killed_run_are_cleaned(micro, pictures, tmp_path):
     (tmp_path / "spar" / ".tmp-x").write_text("cut short")
     train(tmp_path / "teacher", tmp_path / "spar")
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_remains_among_frozen_tokens_are_cleaned(micro, pictures, tmp_path):
+    """Those of processes that are no more: others may be writing into the same folder."""
+    extract(micro, pictures, tmp_path / "teacher")
+    kept = ["--cache-frozen", tmp_path / "tokens"]
+    train(tmp_path / "teacher", tmp_path / "a", *kept)
+    before = files(tmp_path / "tokens")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    node, mine = platform.node(), f".tmp-{common.this_process()}1.png.npy"
+    for name in (f".tmp-.tmp-{node}-{gone.pid}-0123-frozen.json", mine,
+                 f"tokens/.tmp-{node}-{gone.pid}-0.png.npy", f"tokens/.tmp-else-{gone.pid}-x.npy"):
+        (tmp_path / "tokens" / name).write_text("cut short")
+    train(tmp_path / "teacher", tmp_path / "b", *kept)
+    assert (files(tmp_path / "tokens").keys() - before.keys()
+            == {mine, f"tokens/.tmp-else-{gone.pid}-x.npy"})
 
 
 def test_a_picture_that_was_spoilt_is_noted(micro, pictures, tmp_path):
