@@ -759,8 +759,9 @@ def hold(out):
                             "another --out") from None
         except OSError:  # a file system without locks
             pass
-        for remains in out.glob(".tmp-*"):
-            remains.unlink(missing_ok=True)
+        for remains in out.glob(".tmp*"):  # safetensors has a name of its own, .tmpXXXXXX
+            if remains.is_file():
+                remains.unlink(missing_ok=True)
         yield
 
 

@@ -347,7 +347,7 @@ def picture_size(path):
     """(H, W) as read_image will give it, from the file's header alone. Raises RunFailed."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+            turned = picture.getexif().get(0x0112) in range(5, 9)  # what swaps the sides
             return picture.size if turned else picture.size[::-1]
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None

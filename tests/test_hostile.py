@@ -378,6 +378,14 @@ def test_an_orientation_that_is_no_number(micro, tmp_path):
     assert row["images"] == 1 and row["unreadable"] == []
 
 
+@pytest.mark.parametrize("orientation", [0, 1, 4, 5, 8, 9, 50])
+def test_the_size_of_a_picture_with_any_orientation(tmp_path, orientation):
+    path, exif = tmp_path / "0.png", Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (80, 70)).save(path, exif=exif)
+    assert tuple(evaluate_ovs.picture_size(path)) == common.read_image(path).shape[-2:]
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
@@ -540,9 +548,10 @@ def test_remains_of_a_killed_run_are_cleaned(micro, pictures, tmp_path):
         (tmp_path / name).write_text("cut short")
     extract(micro, pictures, tmp_path / "teacher")
     train(tmp_path / "teacher", tmp_path / "spar")
-    (tmp_path / "spar" / ".tmp-x").write_text("cut short")
+    for name in (".tmp-x", ".tmpewMpfj"):  # the second is safetensors'
+        (tmp_path / "spar" / name).write_text("cut short")
     train(tmp_path / "teacher", tmp_path / "spar")
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".tmp*"))
 
 
 def test_remains_among_frozen_tokens_are_cleaned(micro, pictures, tmp_path):
