@@ -94,12 +94,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, chosen_window, command_line, file_stat, file_state, free_bytes,
-                    is_unchanged, list_images, load_backbone, nearest_multiple, open_features,
-                    planned_size, prefetch, read_image, read_index, read_json_lines, require_room,
-                    require_same_settings, speaks_flags, start_runtime, stitched_features,
-                    weights_hash, windows_a_pass, write_json, write_json_lines)
+from common import (DEMO, FAILURE, RunFailed, WriteBehind, WrongCall, append_json_lines,
+                    apply_augmentation, atomic_path, chosen_window, command_line, file_stat,
+                    file_state, free_bytes, is_unchanged, list_images, load_backbone,
+                    nearest_multiple, open_features, planned_size, prefetch, read_image, read_index,
+                    read_json_lines, require_room, require_same_settings, speaks_flags,
+                    start_runtime, stitched_features, weights_hash, windows_a_pass, write_json,
+                    write_json_lines)
 
 # ---- augmentation: once per image, as a teacher map belongs to one version of it -----------------
 
@@ -286,7 +287,7 @@ class FeatureFolder:
         jobs, failures). alone: no other machine is still writing, or merging."""
         failures = {(entry["image"], entry["version"]): entry
                     for path in sorted(self.out.glob("failures*.jsonl"))
-                    for entry in read_json_lines(path, "image", "version", "error")}
+                    for entry in read_json_lines(path, FAILURE)}
         # a picture that was deleted or spoilt since cannot be trained on
         index = [entry for entry in read_index(self.out) if (self.root / entry["image"]).is_file()
                  and ((entry["image"], entry["version"]) not in failures or self.is_done(entry))]

@@ -390,6 +390,11 @@ def to_classes(ids, table, path):
     return torch.from_numpy(table[ids])
 
 
+def read_labels(path, size, table):
+    """A mask as classes, (H, W) int64. Raises RunFailed."""
+    return to_classes(read_label_ids(path, size), table, path)
+
+
 def load_sample(dataset, index):
     """(picture (3, H, W) uint8 or None, mask (H, W) int64 or None, what is wrong with the picture
     or None)."""
@@ -399,9 +404,8 @@ def load_sample(dataset, index):
         return None, None, str(error)
     if dataset.masks is None:
         return image, None, None
-    path = dataset.masks[index]
-    ids = read_label_ids(path, image.shape[-2:])
-    return image, to_classes(ids, dataset.tables[index], path), None
+    labels = read_labels(dataset.masks[index], image.shape[-2:], dataset.tables[index])
+    return image, labels, None
 
 
 def inspect(dataset, index, decode):
