@@ -100,6 +100,29 @@ def test_an_index_line_that_no_stage_wrote(micro, pictures, tmp_path, key, value
     assert files(tmp_path) == before
 
 
+ENTRY = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
+         "crop": None, "flip": False, "grid": [4, 4]}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("version", "1"), ("version", float("inf")), ("version", True), ("image", "a\0"),
+    ("resize", [0, 64]), ("crop", [0, 0, 64, 9999]), ("crop", [0, 0, 64]), ("flip", 5),
+    ("grid", [4.0, 4]), ("stat", [1, 1]), ("digest", "a")])
+def test_the_types_of_an_index_line(tmp_path, key, value):
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    assert read_index(tmp_path) == [ENTRY]
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY | {key: value}])
+    with pytest.raises(RunFailed, match="index.jsonl: the line .*delete it"):
+        read_index(tmp_path)
+
+
+def test_json_that_is_too_deep(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 10 ** 5 + "\n{}")
+    with pytest.raises(RunFailed, match="not readable JSON"):
+        common.read_json(tmp_path / "a.json", "nobody")
+    assert common.read_json_lines(tmp_path / "a.json") == [{}]
+
+
 @pytest.mark.parametrize("rubbish", [b"5\n", b"{}\n", b"\xff\xfe\n", b'{"image": "0.png"}\n'])
 def test_rubbish_in_an_index_is_made_anew(micro, pictures, tmp_path, rubbish):
     extract(micro, pictures, tmp_path / "teacher")
@@ -468,6 +491,46 @@ def test_damaged_settings_are_named(micro, pictures, tmp_path, name, value):
         train(tmp_path / "teacher", tmp_path / "spar", *kept)
 
 
+TEACHER = {"backbone": "tiny", "random_init": False, "weights": "", "images": "", "patch": 16,
+           "dim": 24}
+
+
+@pytest.mark.parametrize("key, value", [("backbone", []), ("images", 5), ("patch", True),
+                                        ("patch", 0), ("hub_dir", 5), ("dim", 10 ** 30)])
+def test_a_teacher_of_wrong_types(tmp_path, key, value):
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    common.write_json(tmp_path / "teacher.json", TEACHER)
+    common.write_json(tmp_path / "planned.json", {"maps": "many"})
+    with pytest.raises(RunFailed, match="planned.json"):
+        distill.Teacher(tmp_path).require_whole()
+    common.write_json(tmp_path / "teacher.json", TEACHER | {key: value})
+    with pytest.raises(RunFailed, match="teacher.json"):
+        distill.Teacher(tmp_path)
+
+
+@pytest.mark.parametrize("teacher", [None, 5, {}, {"backbone": 5}, {"backbone": "a", "hub_dir": 5}])
+def test_a_student_of_no_teacher(tmp_path, teacher):
+    (tmp_path / "spar.json").write_text(json.dumps({"teacher": teacher}))
+    with pytest.raises(RunFailed, match="spar.json"):
+        evaluate_ovs.read_student(tmp_path, needs_teacher=False)
+
+
+def test_a_state_that_would_fail_at_its_first_step(micro, pictures, tmp_path):
+    extract(micro, pictures, tmp_path / "teacher")
+    train(tmp_path / "teacher", tmp_path / "spar")
+    path = tmp_path / "spar" / "training_state.pt"
+    for spoil in (lambda state: state.update(step=-1),
+                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=5),
+                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(1))):
+        state = torch.load(path, weights_only=True)
+        spoil(state)
+        torch.save(state, tmp_path / "spoilt.pt")
+        before, _ = path.read_bytes(), shutil.copy(tmp_path / "spoilt.pt", path)
+        with pytest.raises(RunFailed, match="training_state.pt cannot be read.*delete it"):
+            train(tmp_path / "teacher", tmp_path / "spar")
+        path.write_bytes(before)
+
+
 @pytest.mark.parametrize("state", ["shapes", "keys"])
 def test_a_state_of_something_else(micro, pictures, tmp_path, state):
     extract(micro, pictures, tmp_path / "teacher")
@@ -507,13 +570,63 @@ def test_spoilt_tokens_are_made_anew(micro, pictures, tmp_path, spoil):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and files(tmp_path / "tokens") == before
 
 
+RESULT = {"method": "a", "dataset": "b", "refine": "none", "upsampler": "bilinear",
+          "short_side": None, "miou": 1, "pixel_accuracy": 1, "seconds_per_image": 1,
+          "per_class_iou": {"a": 1, "b": None}}
+
+
 @pytest.mark.parametrize("results", [[5], [{"miou": "x"}], 5, None, [
-    {"method": "a", "dataset": "b", "refine": "none", "upsampler": "bilinear", "short_side": None,
-     "miou": "x", "seconds_per_image": 1}]])
+    RESULT | {"miou": "x"}], [RESULT | {"method": 5}], [RESULT | {"short_side": "x"}],
+    [RESULT | {"per_class_iou": {"a": []}}], [RESULT | {"pixel_accuracy": float("nan")}],
+    [{key: value for key, value in RESULT.items() if key != "per_class_iou"}]])
 def test_results_of_wrong_types(tmp_path, results):
     (tmp_path / "out.json").write_text(json.dumps({"results": results}))
     with pytest.raises(RunFailed, match="out.json holds no results"):
         run(evaluate_ovs, "--results", tmp_path / "out.json")
+
+
+@pytest.fixture
+def unfinished(micro, pictures, tmp_path, monkeypatch):
+    """Flags of an evaluation that was killed after its JSON was written."""
+    (tmp_path / "masks").mkdir()
+    for path in pictures.iterdir():
+        mask = np.arange(np.prod(Image.open(path).size), dtype=np.uint8) % 2
+        Image.fromarray(mask.reshape(Image.open(path).size[::-1])).save(
+            tmp_path / "masks" / path.name)
+    flags = ["--images", pictures, "--masks", tmp_path / "masks", "--classes", "a, b",
+             "--backbone", micro, "--state", tmp_path / "state", "--json", tmp_path / "out.json",
+             "--save-maps", tmp_path / "maps"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_ovs, "show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(evaluate_ovs, *flags)
+    return flags
+
+
+def test_a_spoilt_line_of_a_journal_is_counted_again(unfinished, tmp_path):
+    (before,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    (journal,) = (tmp_path / "state").iterdir()
+    first, *others = common.read_json_lines(journal)
+    first |= {"cells": [0], "counts": [5]}
+    spoilt = [first | each for each in (
+        {"cells": [4]}, {"cells": ["x"]}, {"cells": [[0]]}, {"cells": [0, 1]}, {"counts": [-1]},
+        {"counts": [1.5]}, {"seconds": "x"}, {"seconds": float("inf")}, {"image": 5})]
+    common.write_json_lines(journal, spoilt + others)
+    run(evaluate_ovs, *unfinished)
+    (after,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    times = {"seconds_per_image": None}
+    assert after | times == before | times
+
+
+def test_label_maps_that_are_missing_or_damaged(unfinished, tmp_path):
+    before = files(tmp_path / "maps")
+    path = tmp_path / "maps" / "1.png.labels.png"
+    path.write_text("no picture")
+    with pytest.raises(RunFailed, match="1.png.labels.png cannot be read"):
+        run(evaluate_ovs, *unfinished)
+    path.unlink()
+    run(evaluate_ovs, *unfinished)
+    assert files(tmp_path / "maps") == before
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -583,11 +696,9 @@ def test_a_picture_that_was_spoilt_is_noted(micro, pictures, tmp_path):
 
 
 def test_lines_of_separate_writers_are_newer(tmp_path):
-    entry = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
-             "crop": None, "flip": False, "grid": [4, 4]}
-    common.write_json_lines(tmp_path / "index.jsonl", [entry])
-    common.write_json_lines(tmp_path / "index-1of2.jsonl", [entry | {"grid": [5, 4]}])
-    assert read_index(tmp_path) == [entry | {"grid": [5, 4]}]
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    common.write_json_lines(tmp_path / "index-1of2.jsonl", [ENTRY | {"grid": [5, 4]}])
+    assert read_index(tmp_path) == [ENTRY | {"grid": [5, 4]}]
 
 
 def test_a_configuration_of_a_million_layers(tmp_path):
