@@ -105,9 +105,10 @@ def speaks_flags(main):
 def command_line(main, *args):
     """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr."""
     # a batch system's SIGTERM ends a stage as Ctrl-C does; a shell's background job ignores SIGINT
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
+               if signal.getsignal(number) != signal.SIG_IGN]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -131,6 +132,8 @@ def command_line(main, *args):
             raise
         code = report(f"out of memory ({first_line(error)[:120]}); a smaller --batch-size, smaller "
                       "pictures or --precision bf16 need less", 1)
+    for number in numbers:  # all is said: another one, as torchrun sends, has no traceback
+        signal.signal(number, signal.SIG_DFL)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)

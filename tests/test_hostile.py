@@ -368,9 +368,18 @@ def test_a_disk_that_fills_while_the_student_is_saved(backbone, tmp_path, monkey
         backbone.save(tmp_path)
 
 
+@pytest.fixture
+def own_signals():
+    """Of this process, which command_line would change."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), BrokenPipeError(), RuntimeError(
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")])
-def test_errors_that_end_in_one_line(error, capfd, monkeypatch):
+def test_errors_that_end_in_one_line(error, capfd, monkeypatch, own_signals):
     def main():
         raise error
     monkeypatch.setattr(os, "dup2", lambda *_: None)
@@ -381,7 +390,7 @@ def test_errors_that_end_in_one_line(error, capfd, monkeypatch):
     assert not lines or "memory" in lines[0]
 
 
-def test_a_defect_keeps_its_traceback():
+def test_a_defect_keeps_its_traceback(own_signals):
     def main():
         raise RuntimeError("something else")
     with pytest.raises(RuntimeError):
@@ -434,7 +443,8 @@ def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
             assert handlers[signal.SIGTERM] != signal.default_int_handler
     with pytest.raises(SystemExit) as leaving:
         common.command_line(main)
-    assert leaving.value.code == 0
+    assert leaving.value.code == 0  # and a SIGTERM from here on ends it without a word
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
 
 
 @pytest.mark.slow
