@@ -81,7 +81,8 @@ def timed_passes(forward, batch, warmup, repeats, runtime):
         with runtime.autocast():
             forward(batch)
         if index >= warmup:
-            seconds.append(synchronised_time(runtime.device) - started)
+            # a clock may be too coarse to move
+            seconds.append(max(1e-9, synchronised_time(runtime.device) - started))
     return seconds
 
 

@@ -1,6 +1,7 @@
 """What an attack found: no foreign code runs, nothing is silently mixed up, every bad input ends in
 one line."""
 import errno
+import functools
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +459,19 @@ def test_ctrl_c_for_another_job_while_libraries_are_imported(tmp_path):
             env=os.environ | {"PYTHONPATH": str(tmp_path)},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
         assert process.returncode == 7
+
+
+def test_a_clock_that_stands_still(micro, pictures, tmp_path, monkeypatch):
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: 1000.0)
+    extract(micro, pictures, tmp_path / "teacher")
+    train(tmp_path / "teacher", tmp_path / "spar")
+    run(evaluate_ovs, "--checkpoint", tmp_path / "spar", "--images", pictures, "--classes", "a, b",
+        "--save-maps", tmp_path / "maps", "--state", tmp_path / "state")
+    monkeypatch.setattr(time_inference, "matrix_product_rate", functools.partial(
+        time_inference.matrix_product_rate, side=16))
+    run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,
+        "--warmup", 0, "--repeats", 1, "--plot", tmp_path / "times.png")
 
 
 def damage(path, how):
