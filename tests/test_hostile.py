@@ -461,6 +461,7 @@ def test_ctrl_c_for_another_job_while_libraries_are_imported(tmp_path):
         assert process.returncode == 7
 
 
+@pytest.mark.slow
 def test_a_clock_that_stands_still(micro, pictures, tmp_path, monkeypatch):
     for name in ("time", "perf_counter", "monotonic"):
         monkeypatch.setattr(time, name, lambda: 1000.0)
