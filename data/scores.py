@@ -45,7 +45,7 @@ def result_label(result):
 
 
 def result_size(result):
-    return Size(result["short_side"], result.get("area"))
+    return Size(result.get("short_side"), result.get("area"))
 
 
 def print_table(results):

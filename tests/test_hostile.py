@@ -655,6 +655,13 @@ def test_label_maps_that_are_missing_or_damaged(unfinished, tmp_path):
     assert files(tmp_path / "maps") == before
 
 
+def test_results_without_a_size(tmp_path, capsys):
+    results = [{key: value for key, value in RESULT.items() if key != "short_side"}]
+    (tmp_path / "out.json").write_text(json.dumps({"results": results}))
+    run(evaluate_ovs, "--results", tmp_path / "out.json")
+    assert "b, own size" in capsys.readouterr().out
+
+
 # ---- order ---------------------------------------------------------------------------------------
 
 def test_one_training_a_folder(micro, pictures, tmp_path):
