@@ -16,6 +16,8 @@ import json
 import math
 import os
 import pickle
+import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -104,8 +106,10 @@ def speaks_flags(main):
 
 def command_line(main, *args):
     """Run a stage's main(*args) and exit: what a user can cause ends in one line on stderr."""
-    # a batch system's SIGTERM ends a stage as Ctrl-C does
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # a batch system's SIGTERM ends a stage as Ctrl-C does; a shell's background job ignores SIGINT
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
+               if signal.getsignal(number) != signal.SIG_IGN]
+    for number in numbers:
         signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -130,6 +134,8 @@ def command_line(main, *args):
             raise
         code = report(f"out of memory ({first_line(error)[:120]}); a smaller --batch-size, smaller "
                       "pictures or --precision bf16 need less", 1)
+    for number in numbers:  # all is said: another one, as torchrun sends, has no traceback
+        signal.signal(number, signal.SIG_DFL)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)
@@ -199,35 +205,84 @@ def atomic_path(path, writer=""):
         raise
 
 
+def this_process():
+    """Whose temporary files are whose, in a folder that processes and machines share."""
+    return f"{platform.node()}-{os.getpid()}-"
+
+
+def remove_remains(folder):
+    """Take away temporary files that killed processes of this machine left in such a folder."""
+    name = re.compile(rf"(?:\.tmp-)+{re.escape(platform.node())}-(\d{{1,9}})-")
+    for path in Path(folder).rglob(".tmp-*"):
+        process = name.match(path.name)
+        if process and not is_running(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_json(path, value, writer=""):
     with atomic_path(path, writer) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path, made_by, keys=()):
+NUMBER = int | float
+
+
+def fits(value, kinds):
+    """Whether what JSON held is an object whose values at these keys are of these types, a missing
+    one being None. Numbers are finite, and no bool is one."""
+    def is_kind(each, kind):
+        if isinstance(each, bool):
+            return kind is bool
+        return isinstance(each, kind) and (not isinstance(each, NUMBER) or abs(each) < 2 ** 63)
+    return isinstance(value, dict) and all(is_kind(value.get(key), kind)
+                                           for key, kind in dict(kinds).items())
+
+
+def whole_numbers(values, low=0, high=2 ** 63):
+    """Whether a list from JSON holds only these, from low to under high."""
+    return all(type(value) is int and low <= value < high for value in values)
+
+
+# of what stages read of each other
+OF_BACKBONE = {"backbone": str, "random_init": bool, "hub_dir": str | None,
+               "dinov3_weights": list | None}
+FAILURE = {"image": str, "version": int, "error": str}
+
+
+def read_json(path, made_by, kinds=()):
     """A JSON object that a stage wrote. Raises RunFailed, naming the command that makes it, also
-    where it lacks one of the keys."""
+    where it does not fit the kinds."""
     try:
         value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict) or not set(keys) <= value.keys():
-            raise ValueError(f"no object with {', '.join(keys) or 'keys'}")
+        if not fits(value, kinds):
+            raise ValueError(f"no object with {', '.join(kinds) or 'keys'} as it should be")
         return value
     except FileNotFoundError:
         raise RunFailed(f"{path} does not exist; {made_by} makes it") from None
-    except (ValueError, IsADirectoryError, NotADirectoryError) as error:
+    except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
         raise RunFailed(f"{path} is not readable JSON ({error}); {made_by} makes it anew") from None
 
 
-def read_json_lines(path, *keys):
-    """The objects in a .jsonl file that have all of the keys, without lines that an interruption
-    cut short: a list (empty without the file)."""
+def read_json_lines(path, kinds=()):
+    """The objects in a .jsonl file that fit the kinds, without lines that an interruption cut
+    short: a list (empty without the file)."""
     if not Path(path).exists():
         return []
     entries = []
     for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-    return [each for each in entries if isinstance(each, dict) and set(keys) <= each.keys()]
+    return [each for each in entries if fits(each, kinds)]
 
 
 def write_json_lines(path, entries, writer=""):
@@ -249,44 +304,59 @@ def append_json_lines(path, *entries):
 def read_index(folder):
     """What extract_teacher.py made: the entries of index.jsonl and of the index-*.jsonl of its
     separate writers, one a map, in order. Raises RunFailed for one that no stage wrote."""
-    keys = ("image", "version", "file", "resize", "crop", "flip", "grid")
-    entries = {}
+    keys, entries = {"image", "version", "file", "resize", "crop", "flip", "grid"}, {}
     # the writers' own lines are newer than the merged ones
     for path in sorted(Path(folder).glob("index*.jsonl"),
                        key=lambda path: (path.name != "index.jsonl", path.name)):
-        for entry in read_json_lines(path, *keys):
-            try:
-                paths = [Path(entry["image"]), Path(entry["file"])]
-                numbers = [*entry["resize"], *(entry["crop"] or ()), *entry["grid"]]
-                fine = (not any(path.is_absolute() or ".." in path.parts for path in paths)
-                        and entry["file"].startswith("features/") and int(entry["version"]) >= 0
-                        and len(entry["grid"]) == len(entry["resize"]) == 2
-                        and all(isinstance(number, int) and number >= 0 for number in numbers))
-            except (TypeError, ValueError):
-                fine = False
-            if not fine:
+        for entry in read_json_lines(path):
+            if not keys <= entry.keys():  # rubbish; what it may have been is made anew
+                continue
+            if not is_index_entry(entry):
                 raise RunFailed(f"{path}: the line {json.dumps(entry)[:200]} is none that "
                                 "extract_teacher.py wrote; delete it, and run that again")
             entries[entry["image"], entry["version"]] = entry
     return [entries[key] for key in sorted(entries)]
 
 
+def is_index_entry(entry):
+    """Whether a line says how a picture was augmented, and names files below their folders."""
+    kinds = {"image": str, "version": int, "file": str, "resize": list, "crop": list | None,
+             "flip": bool, "grid": list}
+    state = {"stat": list, "digest": str}  # older ones have none
+    if not fits(entry, kinds | state if state.keys() & entry.keys() else kinds):
+        return False
+    resize, crop, names = entry["resize"], entry["crop"], [entry["image"], entry["file"]]
+    sizes = [resize, entry["grid"], *([crop[2:]] if crop else [])]
+    return (all(len(size) == 2 and whole_numbers(size, low=1) for size in sizes)
+            and (crop is None or len(crop) == 4 and whole_numbers(crop[:2]) and all(
+                start + part <= side for start, part, side in zip(crop, crop[2:], resize)))
+            and not any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
+                        for name in names)
+            and entry["file"].startswith("features/") and entry["version"] >= 0
+            and whole_numbers(entry.get("stat", ())) and len(entry.get("stat", "ab")) == 2)
+
+
+def file_stat(path):
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def file_state(path):
     """By which a picture is known again: its size and date, and a digest of its bytes."""
-    stat = os.stat(path)
+    stat = file_stat(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return {"stat": [stat.st_size, stat.st_mtime_ns], "digest": digest}
+    return {"stat": stat, "digest": digest}
 
 
 def is_unchanged(path, state):
     """Whether a file is still what file_state told; it is read only where its date has changed."""
     if not os.path.isfile(path):
         return False
-    stat = os.stat(path)
-    if "stat" not in state or [stat.st_size, stat.st_mtime_ns] == state["stat"]:
+    stat = file_stat(path)
+    if "stat" not in state or stat == state["stat"]:
         return True
-    return stat.st_size == state["stat"][0] and file_state(path)["digest"] == state["digest"]
+    return stat[0] == state["stat"][0] and file_state(path)["digest"] == state["digest"]
 
 
 def free_bytes(folder):
@@ -311,7 +381,7 @@ def require_same_settings(path, settings, free=(), flag="--out"):
     """
     path = Path(path)
     if not path.exists():
-        mine = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
+        mine = path.with_name(f".tmp-{this_process()}{secrets.token_hex(8)}-{path.name}")
         write_json(mine, settings)
         try:
             os.link(mine, path)  # unlike a replacement, only one of several first runs succeeds
@@ -1124,7 +1194,7 @@ def model_config(name):
         path = Path(place) / "open_clip_config.json"
         if architecture.startswith("hf-hub:"):
             path = download_pretrained_from_hf(place, "open_clip_config.json")
-        config = read_json(path, "open_clip", ["model_cfg"])
+        config = read_json(path, "open_clip", {"model_cfg": dict})
         # of NaFlex towers; newer than open_clip 3.3
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)
         layers = [part.get("layers") for part in config["model_cfg"].values()

@@ -78,7 +78,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import contextlib
 import dataclasses
@@ -86,7 +87,6 @@ import fcntl
 import hashlib
 import json
 import math
-import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -96,16 +96,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, command_line, embed_texts, first_line, free_bytes, is_unchanged,
-                    load_backbone, nearest_multiple, open_features, planned_size, prefetch,
-                    read_image, read_index, read_json, read_json_lines, require_room,
-                    require_same_settings, resize_image, speaks_flags, start_runtime, weights_hash,
+from common import (FAILURE, NUMBER, OF_BACKBONE, RunFailed, WriteBehind, WrongCall,
+                    append_json_lines, apply_augmentation, atomic_path, command_line, embed_texts,
+                    first_line, free_bytes, is_unchanged, load_backbone, nearest_multiple,
+                    open_features, planned_size, prefetch, read_image, read_index, read_json,
+                    read_json_lines, remove_remains, require_room, require_same_settings,
+                    resize_image, speaks_flags, start_runtime, this_process, weights_hash,
                     write_json, write_json_lines)
 from data.benchmarks import read_classes
 
 STATE = "training_state.pt"
-LOGGED = ("step", "epoch", "loss", "lr", "seconds")
+LOGGED = {"step": int, "epoch": int, "loss": NUMBER, "lr": NUMBER, "seconds": NUMBER}
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -159,13 +160,13 @@ class Teacher:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.settings = read_json(self.folder / "teacher.json", "extract_teacher.py", (
-            "backbone", "random_init", "weights", "images", "patch", "dim"))
+        self.settings = read_json(self.folder / "teacher.json", "extract_teacher.py",
+                                  OF_BACKBONE | {"weights": str, "images": str, "patch": int,
+                                                 "dim": int})
         self.entries = read_index(self.folder)
         self.patch = self.settings["patch"]
-        if not all(isinstance(self.settings[key], int) and self.settings[key] > 0
-                   for key in ("patch", "dim")):
-            raise RunFailed(f"{self.folder / 'teacher.json'}: patch and dim must be whole numbers")
+        if min(self.patch, self.settings["dim"]) < 1:
+            raise RunFailed(f"{self.folder / 'teacher.json'}: patch and dim must be at least 1")
         if not self.entries:
             raise RunFailed(f"{self.folder / 'index.jsonl'} lists no features; run "
                             "extract_teacher.py first")
@@ -175,8 +176,8 @@ class Teacher:
         planned = self.folder / "planned.json"
         if not planned.exists():
             return
-        planned = read_json(planned, "extract_teacher.py", ["maps"])["maps"]
-        failed = read_json_lines(self.folder / "failures.jsonl", "image", "version", "error")
+        planned = read_json(planned, "extract_teacher.py", {"maps": int})["maps"]
+        failed = read_json_lines(self.folder / "failures.jsonl", FAILURE)
         if len(self.entries) + len(failed) < planned:
             raise RunFailed(f"{self.folder} has {len(self.entries)} of {planned} maps; the "
                             "extract_teacher.py command that began it makes the others, or give "
@@ -323,8 +324,8 @@ class FrozenTokens:
             raise RunFailed(f"the tokens of {entry['image']} are beyond {FLOAT16_MAX} before the "
                             "first trained block, which float16 cannot hold; use --cache-frozen "
                             "off and another --out")
-        writer = f"{platform.node()}-{os.getpid()}-"
-        with atomic_path(self.path(entry), writer) as temporary, open(temporary, "wb") as file:
+        path = self.path(entry)
+        with atomic_path(path, this_process()) as temporary, open(temporary, "wb") as file:
             np.save(file, tokens)
 
     def decide(self, must, earlier, epochs):
@@ -541,9 +542,16 @@ class Trainer:
                     raise ValueError("parameters of other shapes")
                 parameter.copy_(stored)
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(stored)
+                # its settings are the recipe's, whatever stands in the file
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
+                for parameter, values in optimizer.state.items():
+                    if any(value.shape != (() if name == "step" else parameter.shape)
+                           for name, value in values.items()):
+                        raise ValueError("an optimizer's state of other shapes")
             self.scaler.load_state_dict(state["scaler"])
             self.step = int(state["step"])
+            if self.step < 0:
+                raise ValueError(f"step {self.step}")
         except Exception as error:  # torch raises many types for a damaged file
             raise RunFailed(f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); "
                             "delete it to start this training again") from None
@@ -560,7 +568,7 @@ class Log:
         self.first_process = trainer.runtime.rank == 0
         self.pending, self.started, self.plotted, before = [], time.time(), time.time(), []
         if self.first_process:
-            before = [entry for entry in read_json_lines(self.path, *LOGGED)
+            before = [entry for entry in read_json_lines(self.path, LOGGED)
                       if entry["step"] <= trainer.step]
             write_json_lines(self.path, before)
         self.seconds = before[-1]["seconds"] if before else 0.0
@@ -612,7 +620,7 @@ class Log:
         import matplotlib.pyplot as plt
         self.plotted = time.time()
         curve = np.array([(entry["step"], entry["loss"])
-                          for entry in read_json_lines(self.path, *LOGGED)])
+                          for entry in read_json_lines(self.path, LOGGED)])
         if not len(curve):  # somebody took the log away
             return
         run = math.ceil(len(curve) / points)
@@ -633,7 +641,8 @@ def noted_signals():
     way is finished and saved."""
     noted = []
     before = {number: signal.signal(number, lambda number, _: noted.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
+              for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield noted
     finally:
@@ -743,6 +752,7 @@ def begin(out, settings, parameters, cache, reason, must):
             raise RunFailed(f"{cache.folder} holds tokens, but no frozen.json that says what of; "
                             "delete that folder, or give another --cache-frozen")
         require_same_settings(cache.folder / "frozen.json", cache.settings, flag="--cache-frozen")
+        remove_remains(cache.folder)
 
 
 @contextlib.contextmanager
@@ -757,8 +767,9 @@ def hold(out):
                             "another --out") from None
         except OSError:  # a file system without locks
             pass
-        for remains in out.glob(".tmp-*"):
-            remains.unlink(missing_ok=True)
+        for remains in out.glob(".tmp*"):  # safetensors has a name of its own, .tmpXXXXXX
+            if remains.is_file():
+                remains.unlink(missing_ok=True)
         yield
 
 
@@ -781,7 +792,7 @@ def finish(out, settings, trainer, steps):
         return
     trainer.require_finite()
     loading = trainer.student.save(out)
-    log = read_json_lines(out / "log.jsonl", *LOGGED)
+    log = read_json_lines(out / "log.jsonl", LOGGED)
     write_json(out / "spar.json", {**settings, "steps": steps,
                                    "loss": log[-1]["loss"] if log else None})
     print(f"student in {out}: {loading}")

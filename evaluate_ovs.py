@@ -139,7 +139,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import contextlib
 import csv
@@ -158,20 +159,19 @@ import PIL
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
-from common import (BACKBONES, IGNORE, MODEL_FILES, RunFailed, Stitcher, WrongCall,
-                    append_json_lines, atomic_path, bilinear_strips, chosen_window,
+from common import (BACKBONES, IGNORE, MODEL_FILES, NUMBER, OF_BACKBONE, RunFailed, Stitcher,
+                    WrongCall, append_json_lines, atomic_path, bilinear_strips, chosen_window,
                     command_line, default_stride, embed_texts, encode_windows, first_line,
-                    fit_to_patches, hub_clone, label_strips, load_backbone, load_strictly,
+                    fit_to_patches, fits, hub_clone, label_strips, load_backbone, load_strictly,
                     prefetch, prepare, read_json, read_json_lines, read_tensors, said_positions,
                     short_name, speaks_flags, start_runtime, stitch_axis, stitched_features,
-                    weights_hash, window_starts, write_json, write_json_lines)
+                    weights_hash, whole_numbers, window_starts, write_json, write_json_lines)
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
-                             demo_pictures, load_sample, open_benchmark, own_pictures,
-                             picture_size, read_classes)
-from data.drawing import contact_sheet, map_path, save_maps, save_picture
+                             demo_pictures, label_table, load_sample, open_benchmark, own_pictures,
+                             picture_size, read_classes, read_labels)
+from data.drawing import MAP_KINDS, contact_sheet, map_path, save_maps, save_picture
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
 
@@ -729,7 +729,7 @@ class Row:
         """Continue from the journal, without a line that was cut short, and without failures, which
         are tried again."""
         if runtime.rank == 0:
-            write_json_lines(self.journal, [entry for entry in read_json_lines(self.journal)
+            write_json_lines(self.journal, [entry for entry in self.entries()
                                             if "counts" in entry])
         runtime.barrier()
         self.read()
@@ -740,17 +740,27 @@ class Row:
     def read(self):
         self.done, self.failed = {}, {}  # journal entries by picture; reasons
         self.confusion = self.counts_of({"cells": [], "counts": []})
-        for entry in read_json_lines(self.journal):
+        for entry in self.entries():
             if "error" in entry:
                 self.failed[entry["image"]] = entry["error"]
             elif entry["image"] not in self.done:
                 self.done[entry["image"]] = entry
                 self.confusion += self.counts_of(entry)
 
+    def entries(self):
+        """The journal's lines that say what a picture counts, or why it does not."""
+        cells = len(self.dataset.classes) ** 2
+        return [entry for entry in read_json_lines(self.journal, {"image": str})
+                if fits(entry, {"error": str})
+                or fits(entry, {"seconds": NUMBER, "cells": list, "counts": list})
+                and len(entry["cells"]) == len(entry["counts"])
+                and whole_numbers(entry["cells"], high=cells) and whole_numbers(entry["counts"])]
+
     def missing(self):
         """Numbers of the pictures that are not counted, or whose maps are not all there."""
         return [k for k, name in enumerate(self.dataset.images) if name not in self.done
-                or self.maps and not map_path(self.maps, name, "pca").is_file()]
+                or self.maps and not all(map_path(self.maps, name, kind).is_file()
+                                         for kind in MAP_KINDS)]
 
     def count(self, index, labels, predictions, seconds):
         name = self.dataset.images[index]
@@ -944,8 +954,8 @@ def draw_sheet(rows, most=6):
     sheet = []
     for name in names[:most]:
         image, labels, _ = load_sample(dataset, dataset.images.index(name))
-        maps = [torch.from_numpy(np.array(Image.open(map_path(row.maps, name, "labels")), int))
-                for row in rows]
+        maps = [read_labels(map_path(row.maps, name, "labels"), image.shape[-2:],
+                            label_table("plain", len(dataset.classes))) for row in rows]
         sheet.append([image, *([] if labels is None else [labels]), *maps])
     titles = [method.title + method.label.removeprefix(method.name) for method in methods]
     return contact_sheet(sheet, ["picture", *["labels"] * bool(dataset.masks), *titles],
@@ -1059,7 +1069,11 @@ def read_student(folder, needs_teacher):
                         "checkpoint file needs --backbone with it")
     teacher = {"backbone": str(folder)}
     if needs_teacher or (folder / "spar.json").is_file():
-        teacher = read_json(folder / "spar.json", "distill.py")["teacher"]
+        path = folder / "spar.json"
+        teacher = read_json(path, "distill.py", {"teacher": dict})["teacher"]
+        if not fits({"random_init": False} | teacher, OF_BACKBONE):
+            raise RunFailed(f"{path} does not say which backbone its teacher is of; distill.py "
+                            "makes it anew")
     if not any((folder / name).is_file() for name in MODEL_FILES):
         raise RunFailed(f"{folder} holds no finished student: the distill.py command that began it "
                         "continues, and writes one")

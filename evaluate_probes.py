@@ -115,7 +115,7 @@ from common import (RunFailed, WrongCall, atomic_path, bilinear_strips, command_
                     default_stride, embed_texts, nearest_multiple, prefetch, read_image, read_json,
                     speaks_flags, start_runtime, weights_hash, write_json)
 from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, nearest_labels,
-                             own_pictures, picture_size, read_labels)
+                             own_pictures, picture_size, read_mask)
 from data.crops import crop_logits, random_crop
 from data.drawing import save_maps
 from data.features import Features, keep_features, name_absent, open_folds
@@ -210,7 +210,7 @@ class Prober:
         count, pictures = len(self.classes), 0
         confusion = torch.zeros(count, count, dtype=torch.int64)
         for index, logits in items:
-            labels = read_labels(self.test.dataset, index)
+            labels = read_mask(self.test.dataset, index)
             predicted = plain_labels(logits, labels.shape)
             confusion += confusion_matrix(labels, predicted, count)
             pictures += 1
@@ -238,7 +238,7 @@ class Prober:
 
         def sample(place):
             index, flip = schedule[place]
-            labels = read_labels(self.train.dataset, index)
+            labels = read_mask(self.train.dataset, index)
             labels = labels.flip(-1) if flip else labels
             if training.crop:
                 image = self.train.pixels(index, flip)
@@ -367,7 +367,7 @@ def probe_method(method, folds, plan, args, runtime, state):
         shutil.rmtree(state / f"{label}-features", ignore_errors=True)
     counted = {}
     for probe, seed, _, path in units:
-        unit = read_json(path, "the same command", ("counts", "images"))
+        unit = read_json(path, "the same command", {"counts": list, "images": int})
         seeds = counted.setdefault(probe, {})
         before, images = seeds.get(seed, (0, 0))
         seeds[seed] = (before + torch.tensor(unit["counts"]).double(), images + unit["images"])

@@ -79,7 +79,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import dataclasses
 import shutil
@@ -93,10 +94,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DEMO, RunFailed, WriteBehind, WrongCall, append_json_lines, apply_augmentation,
-                    atomic_path, chosen_window, command_line, default_stride, file_state,
-                    free_bytes, is_unchanged, list_images, load_backbone, nearest_multiple,
-                    open_features, planned_size, prefetch, read_image, read_index,
+from common import (DEMO, FAILURE, RunFailed, WriteBehind, WrongCall, append_json_lines,
+                    apply_augmentation, atomic_path, chosen_window, command_line, default_stride,
+                    file_stat, file_state, free_bytes, is_unchanged, list_images, load_backbone,
+                    nearest_multiple, open_features, planned_size, prefetch, read_image, read_index,
                     read_json_lines, require_room, require_same_settings, speaks_flags,
                     start_runtime, stitched_features, weights_hash, windows_a_pass, write_json,
                     write_json_lines)
@@ -234,9 +235,15 @@ class FeatureFolder:
         self.write_behind = WriteBehind(self.write, pending=16)
 
     def missing(self, jobs):
-        """Those whose features are not there, whole, of the right shape and of today's picture."""
+        """Those whose features are not there, whole, of the right shape and of today's picture.
+        Notes the new date of a picture that proved to be the same, so that it is not read again."""
         index = {(entry["image"], entry["version"]): entry for entry in read_index(self.out)}
-        return [job for job in jobs if job not in index or not self.is_done(index[job])]
+        done = {job: index[job] for job in jobs if job in index and self.is_done(index[job])}
+        dated = [entry | {"stat": now} for (image, _), entry in done.items() if "stat" in entry
+                 and (now := file_stat(self.root / image)) != entry["stat"]]
+        if dated:
+            append_json_lines(self.index_path, *dated)
+        return [job for job in jobs if job not in done]
 
     def is_done(self, entry):
         try:
@@ -280,7 +287,7 @@ class FeatureFolder:
         jobs, failures). alone: no other machine is still writing, or merging."""
         failures = {(entry["image"], entry["version"]): entry
                     for path in sorted(self.out.glob("failures*.jsonl"))
-                    for entry in read_json_lines(path, "image", "version", "error")}
+                    for entry in read_json_lines(path, FAILURE)}
         # a picture that was deleted or spoilt since cannot be trained on
         index = [entry for entry in read_index(self.out) if (self.root / entry["image"]).is_file()
                  and ((entry["image"], entry["version"]) not in failures or self.is_done(entry))]

@@ -49,7 +49,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import copy
 import math
@@ -82,7 +83,8 @@ def timed_passes(forward, batch, warmup, repeats, runtime):
         with runtime.autocast():
             forward(batch)
         if index >= warmup:
-            seconds.append(synchronised_time(runtime.device) - started)
+            # a clock may be too coarse to move
+            seconds.append(max(1e-9, synchronised_time(runtime.device) - started))
     return seconds
 
 

@@ -401,7 +401,7 @@ def picture_size(path):
     """(H, W) as read_image will give it, from the file's header alone. Raises RunFailed."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+            turned = picture.getexif().get(0x0112) in range(5, 9)  # what swaps the sides
             return picture.size if turned else picture.size[::-1]
     except FileNotFoundError:
         raise RunFailed(f"{path}: no such file") from None
@@ -444,6 +444,11 @@ def to_classes(ids, table, path):
     return torch.from_numpy(table[ids])
 
 
+def read_labels(path, size, table):
+    """A mask as classes, (H, W) int64. Raises RunFailed."""
+    return to_classes(read_label_ids(path, size), table, path)
+
+
 def load_sample(dataset, index):
     """(picture (3, H, W) uint8 or None, mask (H, W) int64 or None, what is wrong with the picture
     or None)."""
@@ -453,13 +458,12 @@ def load_sample(dataset, index):
         return None, None, str(error)
     if dataset.masks is None:
         return image, None, None
-    return image, read_labels(dataset, index, image.shape[-2:]), None
+    return image, read_mask(dataset, index, image.shape[-2:]), None
 
 
-def read_labels(dataset, index, size=None):
+def read_mask(dataset, index, size=None):
     """A picture's mask as classes, (H, W) int64, checked against its size. Raises RunFailed."""
-    path = dataset.masks[index]
-    return to_classes(read_label_ids(path, size), dataset.tables[index], path)
+    return read_labels(dataset.masks[index], size, dataset.tables[index])
 
 
 def nearest_labels(labels, size):

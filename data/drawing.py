@@ -116,6 +116,9 @@ def save_picture(picture, path):
         picture.save(temporary)
 
 
+MAP_KINDS = ("labels", "overlay", "pca")
+
+
 def map_path(folder, name, kind):
     """folder/NAME.KIND.png for a picture of that name."""
     path = folder / f"{name}.{kind}.png"
@@ -124,7 +127,7 @@ def map_path(folder, name, kind):
 
 def save_maps(folder, name, image, labels, features, classes):
     """NAME.labels.png (palette PNG of class numbers), NAME.overlay.png and NAME.pca.png."""
-    for kind, picture in (("labels", palette_picture(labels, classes)),
-                          ("overlay", overlay_picture(image, labels, classes)),
-                          ("pca", pca_picture(features, labels.shape))):
+    pictures = (palette_picture(labels, classes), overlay_picture(image, labels, classes),
+                pca_picture(features, labels.shape))
+    for kind, picture in zip(MAP_KINDS, pictures):
         save_picture(picture, map_path(folder, name, kind))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import IGNORE, RunFailed, atomic_path, first_line
-from data.benchmarks import nearest_labels, read_labels, true_segments
+from data.benchmarks import nearest_labels, read_mask, true_segments
 
 # ---- kNN: in-context segmentation, as open-hummingbird-eval 2.0 but for its defects --------------
 
@@ -64,7 +64,7 @@ def bank(features, indices, knn, seed, rows=2 ** 16):
         most = max(1, knn.bank_size // len(indices))
     chunk, held = [], 0
     for index, each in features.stream(indices):
-        labels = read_labels(features.dataset, index)
+        labels = read_mask(features.dataset, index)
         shares = patch_shares(labels, each.shape[:2], features.patch, count, knn.ignored)
         kept = shares.any(1).nonzero()[:, 0]
         if most:
@@ -233,6 +233,6 @@ def pool(features, segments, count):
 def segments_of(features, indices):
     """Mean features (S, D), classes (S,) and areas (S,) of the true segments of each picture."""
     for index, each in features.stream(indices):
-        labels = read_labels(features.dataset, index)
+        labels = read_mask(features.dataset, index)
         segments, classes = true_segments(features.dataset, index, labels)
         yield *pool(each, segments, len(classes)), classes

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import IGNORE, RunFailed, atomic_path, read_json
+from common import IGNORE, NUMBER, RunFailed, atomic_path, fits, read_json
 from data.benchmarks import Size
 
 
@@ -77,7 +77,7 @@ def result_label(result):
 
 
 def result_size(result):
-    return Size(result["short_side"], result.get("area"))
+    return Size(result.get("short_side"), result.get("area"))
 
 
 def print_table(results):
@@ -221,17 +221,25 @@ def plot(results, path):
         figure.savefig(temporary, dpi=130)
 
 
+def is_result(value):
+    """Whether an entry of a JSON's results is one, with a score."""
+    kinds = {"method": str, "dataset": str, "refine": str, "upsampler": str,
+             "short_side": int | None, "area": int | None, "miou": NUMBER,
+             "pixel_accuracy": NUMBER, "seconds_per_image": NUMBER, "per_class_iou": dict}
+    return (isinstance(value, dict) and fits({"area": None} | value, kinds)
+            and fits(value["per_class_iou"], dict.fromkeys(value["per_class_iou"], NUMBER | None)))
+
+
 def read_results(paths):
     """The results of files that --json wrote; where methods repeat, their files' names come first.
     Raises RunFailed."""
-    files, keys = {}, {"method", "dataset", "refine", "upsampler", "short_side"}
+    files = {}
     for path in paths:
         report = read_json(path, "evaluate_ovs.py --json")
-        try:
-            files[str(path)] = [each for each in report["results"] if keys <= each.keys()
-                                and each["miou"] + each["seconds_per_image"] >= 0]
-        except (KeyError, TypeError, AttributeError):
-            raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json") from None
+        results = report.get("results")
+        if not isinstance(results, list):
+            raise RunFailed(f"{path} holds no results of evaluate_ovs.py --json")
+        files[str(path)] = [each for each in results if is_result(each)]
         if not files[str(path)]:
             raise RunFailed(f"{path} holds no results with a score")
     stems = [Path(path).stem for path in files]

@@ -1,12 +1,16 @@
 """What an attack found: no foreign code runs, nothing is silently mixed up, every bad input ends in
 one line."""
 import errno
+import functools
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +102,29 @@ def test_an_index_line_that_no_stage_wrote(micro, pictures, tmp_path, key, value
     assert files(tmp_path) == before
 
 
+ENTRY = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
+         "crop": None, "flip": False, "grid": [4, 4]}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("version", "1"), ("version", float("inf")), ("version", True), ("image", "a\0"),
+    ("resize", [0, 64]), ("crop", [0, 0, 64, 9999]), ("crop", [0, 0, 64]), ("flip", 5),
+    ("grid", [4.0, 4]), ("stat", [1, 1]), ("digest", "a")])
+def test_the_types_of_an_index_line(tmp_path, key, value):
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    assert read_index(tmp_path) == [ENTRY]
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY | {key: value}])
+    with pytest.raises(RunFailed, match="index.jsonl: the line .*delete it"):
+        read_index(tmp_path)
+
+
+def test_json_that_is_too_deep(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 10 ** 5 + "\n{}")
+    with pytest.raises(RunFailed, match="not readable JSON"):
+        common.read_json(tmp_path / "a.json", "nobody")
+    assert common.read_json_lines(tmp_path / "a.json") == [{}]
+
+
 @pytest.mark.parametrize("rubbish", [b"5\n", b"{}\n", b"\xff\xfe\n", b'{"image": "0.png"}\n'])
 def test_rubbish_in_an_index_is_made_anew(micro, pictures, tmp_path, rubbish):
     extract(micro, pictures, tmp_path / "teacher")
@@ -146,14 +173,18 @@ def test_a_picture_that_changed_is_noticed(micro, pictures, tmp_path):
     train(teacher, tmp_path / "spar")
 
 
-def test_a_copied_picture_is_the_same(micro, pictures, tmp_path):
-    """Another date alone makes nothing anew."""
+def test_a_copied_picture_is_the_same(micro, pictures, tmp_path, monkeypatch):
+    """Another date alone makes nothing anew; once noted, the picture is not read for it again."""
     extract(micro, pictures, tmp_path / "teacher")
-    before = (tmp_path / "teacher" / "index.jsonl").read_bytes()
+    before = read_index(tmp_path / "teacher")
     for path in pictures.iterdir():
         os.utime(path, (1, 1))
+    monkeypatch.setattr(extract_teacher, "read_image", lambda _: pytest.fail("made anew"))
     extract(micro, pictures, tmp_path / "teacher")
-    assert (tmp_path / "teacher" / "index.jsonl").read_bytes() == before
+    monkeypatch.setattr(common, "file_state", lambda _: pytest.fail("read again"))
+    extract(micro, pictures, tmp_path / "teacher")
+    after = read_index(tmp_path / "teacher")
+    assert after == [entry | {"stat": [entry["stat"][0], 10 ** 9]} for entry in before]
     train(tmp_path / "teacher", tmp_path / "spar")
 
 
@@ -339,9 +370,18 @@ def test_a_disk_that_fills_while_the_student_is_saved(backbone, tmp_path, monkey
         backbone.save(tmp_path)
 
 
+@pytest.fixture
+def own_signals():
+    """Of this process, which command_line would change."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), BrokenPipeError(), RuntimeError(
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")])
-def test_errors_that_end_in_one_line(error, capfd, monkeypatch):
+def test_errors_that_end_in_one_line(error, capfd, monkeypatch, own_signals):
     def main():
         raise error
     monkeypatch.setattr(os, "dup2", lambda *_: None)
@@ -352,7 +392,7 @@ def test_errors_that_end_in_one_line(error, capfd, monkeypatch):
     assert not lines or "memory" in lines[0]
 
 
-def test_a_defect_keeps_its_traceback():
+def test_a_defect_keeps_its_traceback(own_signals):
     def main():
         raise RuntimeError("something else")
     with pytest.raises(RuntimeError):
@@ -372,6 +412,14 @@ def test_an_orientation_that_is_no_number(micro, tmp_path):
     assert row["images"] == 1 and row["unreadable"] == []
 
 
+@pytest.mark.parametrize("orientation", [0, 1, 4, 5, 8, 9, 50])
+def test_the_size_of_a_picture_with_any_orientation(tmp_path, orientation):
+    path, exif = tmp_path / "0.png", Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (80, 70)).save(path, exif=exif)
+    assert tuple(evaluate_ovs.picture_size(path)) == common.read_image(path).shape[-2:]
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
@@ -380,6 +428,51 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
             [sys.executable, str(common.ROOT / f"{script}.py")], capture_output=True, text=True,
             env=os.environ | {"PYTHONPATH": str(tmp_path)})
         assert process.returncode and process.stderr == ""
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(monkeypatch):
+    """As a shell starts it; a Ctrl-C that is meant for another job reaches it, too."""
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update(
+        {number: handler}) or signal.SIG_DFL)
+
+    def main():
+        assert handlers == {signal.SIGINT: signal.SIG_IGN,
+                            signal.SIGTERM: signal.default_int_handler}
+        with distill.noted_signals():
+            assert handlers[signal.SIGINT] == signal.SIG_IGN
+            assert handlers[signal.SIGTERM] != signal.default_int_handler
+    with pytest.raises(SystemExit) as leaving:
+        common.command_line(main)
+    assert leaving.value.code == 0  # and a SIGTERM from here on ends it without a word
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+
+
+@pytest.mark.slow
+def test_ctrl_c_for_another_job_while_libraries_are_imported(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise SystemExit(7)")
+    for script in STAGES:
+        process = subprocess.run(
+            [sys.executable, str(common.ROOT / f"{script}.py")], capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        assert process.returncode == 7
+
+
+@pytest.mark.slow
+def test_a_clock_that_stands_still(micro, pictures, tmp_path, monkeypatch):
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: 1000.0)
+    extract(micro, pictures, tmp_path / "teacher")
+    train(tmp_path / "teacher", tmp_path / "spar")
+    run(evaluate_ovs, "--checkpoint", tmp_path / "spar", "--images", pictures, "--classes", "a, b",
+        "--save-maps", tmp_path / "maps", "--state", tmp_path / "state")
+    monkeypatch.setattr(time_inference, "matrix_product_rate", functools.partial(
+        time_inference.matrix_product_rate, side=16))
+    run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,
+        "--warmup", 0, "--repeats", 1, "--plot", tmp_path / "times.png")
 
 
 def damage(path, how):
@@ -424,6 +517,46 @@ def test_damaged_settings_are_named(micro, pictures, tmp_path, name, value):
         train(tmp_path / "teacher", tmp_path / "spar", *kept)
 
 
+TEACHER = {"backbone": "tiny", "random_init": False, "weights": "", "images": "", "patch": 16,
+           "dim": 24}
+
+
+@pytest.mark.parametrize("key, value", [("backbone", []), ("images", 5), ("patch", True),
+                                        ("patch", 0), ("hub_dir", 5), ("dim", 10 ** 30)])
+def test_a_teacher_of_wrong_types(tmp_path, key, value):
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    common.write_json(tmp_path / "teacher.json", TEACHER)
+    common.write_json(tmp_path / "planned.json", {"maps": "many"})
+    with pytest.raises(RunFailed, match="planned.json"):
+        distill.Teacher(tmp_path).require_whole()
+    common.write_json(tmp_path / "teacher.json", TEACHER | {key: value})
+    with pytest.raises(RunFailed, match="teacher.json"):
+        distill.Teacher(tmp_path)
+
+
+@pytest.mark.parametrize("teacher", [None, 5, {}, {"backbone": 5}, {"backbone": "a", "hub_dir": 5}])
+def test_a_student_of_no_teacher(tmp_path, teacher):
+    (tmp_path / "spar.json").write_text(json.dumps({"teacher": teacher}))
+    with pytest.raises(RunFailed, match="spar.json"):
+        evaluate_ovs.read_student(tmp_path, needs_teacher=False)
+
+
+def test_a_state_that_would_fail_at_its_first_step(micro, pictures, tmp_path):
+    extract(micro, pictures, tmp_path / "teacher")
+    train(tmp_path / "teacher", tmp_path / "spar")
+    path = tmp_path / "spar" / "training_state.pt"
+    for spoil in (lambda state: state.update(step=-1),
+                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=5),
+                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(1))):
+        state = torch.load(path, weights_only=True)
+        spoil(state)
+        torch.save(state, tmp_path / "spoilt.pt")
+        before, _ = path.read_bytes(), shutil.copy(tmp_path / "spoilt.pt", path)
+        with pytest.raises(RunFailed, match="training_state.pt cannot be read.*delete it"):
+            train(tmp_path / "teacher", tmp_path / "spar")
+        path.write_bytes(before)
+
+
 @pytest.mark.parametrize("state", ["shapes", "keys"])
 def test_a_state_of_something_else(micro, pictures, tmp_path, state):
     extract(micro, pictures, tmp_path / "teacher")
@@ -463,13 +596,70 @@ def test_spoilt_tokens_are_made_anew(micro, pictures, tmp_path, spoil):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and files(tmp_path / "tokens") == before
 
 
+RESULT = {"method": "a", "dataset": "b", "refine": "none", "upsampler": "bilinear",
+          "short_side": None, "miou": 1, "pixel_accuracy": 1, "seconds_per_image": 1,
+          "per_class_iou": {"a": 1, "b": None}}
+
+
 @pytest.mark.parametrize("results", [[5], [{"miou": "x"}], 5, None, [
-    {"method": "a", "dataset": "b", "refine": "none", "upsampler": "bilinear", "short_side": None,
-     "miou": "x", "seconds_per_image": 1}]])
+    RESULT | {"miou": "x"}], [RESULT | {"method": 5}], [RESULT | {"short_side": "x"}],
+    [RESULT | {"per_class_iou": {"a": []}}], [RESULT | {"pixel_accuracy": float("nan")}],
+    [{key: value for key, value in RESULT.items() if key != "per_class_iou"}]])
 def test_results_of_wrong_types(tmp_path, results):
     (tmp_path / "out.json").write_text(json.dumps({"results": results}))
     with pytest.raises(RunFailed, match="out.json holds no results"):
         run(evaluate_ovs, "--results", tmp_path / "out.json")
+
+
+@pytest.fixture
+def unfinished(micro, pictures, tmp_path, monkeypatch):
+    """Flags of an evaluation that was killed after its JSON was written."""
+    (tmp_path / "masks").mkdir()
+    for path in pictures.iterdir():
+        mask = np.arange(np.prod(Image.open(path).size), dtype=np.uint8) % 2
+        Image.fromarray(mask.reshape(Image.open(path).size[::-1])).save(
+            tmp_path / "masks" / path.name)
+    flags = ["--images", pictures, "--masks", tmp_path / "masks", "--classes", "a, b",
+             "--backbone", micro, "--state", tmp_path / "state", "--json", tmp_path / "out.json",
+             "--save-maps", tmp_path / "maps"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_ovs, "show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(evaluate_ovs, *flags)
+    return flags
+
+
+def test_a_spoilt_line_of_a_journal_is_counted_again(unfinished, tmp_path):
+    (before,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    (journal,) = (tmp_path / "state").iterdir()
+    first, *others = common.read_json_lines(journal)
+    first |= {"cells": [0], "counts": [5]}
+    spoilt = [first | each for each in (
+        {"cells": [4]}, {"cells": ["x"]}, {"cells": [[0]]}, {"cells": [0, 1]}, {"counts": [-1]},
+        {"counts": [1.5]}, {"seconds": "x"}, {"seconds": float("inf")}, {"image": 5})]
+    common.write_json_lines(journal, spoilt + others)
+    run(evaluate_ovs, *unfinished)
+    (after,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    times = {"seconds_per_image": None}
+    assert after | times == before | times
+
+
+def test_label_maps_that_are_missing_or_damaged(unfinished, tmp_path):
+    before = files(tmp_path / "maps")
+    path = tmp_path / "maps" / "1.png.labels.png"
+    path.write_text("no picture")
+    with pytest.raises(RunFailed, match="1.png.labels.png cannot be read"):
+        run(evaluate_ovs, *unfinished)
+    path.unlink()
+    run(evaluate_ovs, *unfinished)
+    assert files(tmp_path / "maps") == before
+
+
+def test_results_without_a_size(tmp_path, capsys):
+    results = [{key: value for key, value in RESULT.items() if key != "short_side"}]
+    (tmp_path / "out.json").write_text(json.dumps({"results": results}))
+    run(evaluate_ovs, "--results", tmp_path / "out.json")
+    assert "b, own size" in capsys.readouterr().out
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -504,9 +694,27 @@ def test_remains_of_a_killed_run_are_cleaned(micro, pictures, tmp_path):
         (tmp_path / name).write_text("cut short")
     extract(micro, pictures, tmp_path / "teacher")
     train(tmp_path / "teacher", tmp_path / "spar")
-    (tmp_path / "spar" / ".tmp-x").write_text("cut short")
+    for name in (".tmp-x", ".tmpewMpfj"):  # the second is safetensors'
+        (tmp_path / "spar" / name).write_text("cut short")
     train(tmp_path / "teacher", tmp_path / "spar")
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+def test_remains_among_frozen_tokens_are_cleaned(micro, pictures, tmp_path):
+    """Those of processes that are no more: others may be writing into the same folder."""
+    extract(micro, pictures, tmp_path / "teacher")
+    kept = ["--cache-frozen", tmp_path / "tokens"]
+    train(tmp_path / "teacher", tmp_path / "a", *kept)
+    before = files(tmp_path / "tokens")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    node, mine = platform.node(), f".tmp-{common.this_process()}1.png.npy"
+    for name in (f".tmp-.tmp-{node}-{gone.pid}-0123-frozen.json", mine,
+                 f"tokens/.tmp-{node}-{gone.pid}-0.png.npy", f"tokens/.tmp-else-{gone.pid}-x.npy"):
+        (tmp_path / "tokens" / name).write_text("cut short")
+    train(tmp_path / "teacher", tmp_path / "b", *kept)
+    assert (files(tmp_path / "tokens").keys() - before.keys()
+            == {mine, f"tokens/.tmp-else-{gone.pid}-x.npy"})
 
 
 def test_a_picture_that_was_spoilt_is_noted(micro, pictures, tmp_path):
@@ -521,11 +729,9 @@ def test_a_picture_that_was_spoilt_is_noted(micro, pictures, tmp_path):
 
 
 def test_lines_of_separate_writers_are_newer(tmp_path):
-    entry = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
-             "crop": None, "flip": False, "grid": [4, 4]}
-    common.write_json_lines(tmp_path / "index.jsonl", [entry])
-    common.write_json_lines(tmp_path / "index-1of2.jsonl", [entry | {"grid": [5, 4]}])
-    assert read_index(tmp_path) == [entry | {"grid": [5, 4]}]
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY])
+    common.write_json_lines(tmp_path / "index-1of2.jsonl", [ENTRY | {"grid": [5, 4]}])
+    assert read_index(tmp_path) == [ENTRY | {"grid": [5, 4]}]
 
 
 def test_a_configuration_of_a_million_layers(tmp_path):

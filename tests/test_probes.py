@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 import data.probes
 import evaluate_probes
 from common import ROOT, RunFailed, WrongCall, start_runtime
-from data.benchmarks import (open_benchmark, own_pictures, read_classes, read_labels,
+from data.benchmarks import (open_benchmark, own_pictures, read_classes, read_mask,
                              true_segments)
 from data.crops import crop_logits, random_crop
 from data.features import Features, Fold
@@ -123,7 +123,7 @@ def test_knn_equals_brute_force(features, settings):
     knn = Knn(**settings)
     vectors, shares = map(torch.cat, zip(*bank(features, [0, 1, 2, 6], knn, 0, rows=7)))
     if not knn.bank_size:  # every labelled patch is there
-        counts = [(read_labels(features.dataset, k) != 255).sum() for k in (0, 1, 2, 6)]
+        counts = [(read_mask(features.dataset, k) != 255).sum() for k in (0, 1, 2, 6)]
         assert abs(shares.float().sum() * 256 / sum(counts) - 1) < 0.3 or knn.ignored == "class0"
     else:
         assert len(vectors) <= 40
@@ -134,7 +134,7 @@ def test_knn_equals_brute_force(features, settings):
         votes = torch.exp((cosines - cosines[:, :1]) / 0.02)[:, :knn.k]
         weights = torch.einsum("qk,qkc->qc", votes, shares[order[:, :knn.k]].double())
         weights /= votes.sum(1, keepdim=True)
-        labels = read_labels(features.dataset, index)
+        labels = read_mask(features.dataset, index)
         enlarged = F.interpolate(weights.T.view(1, 4, *each.shape[:2]), size=labels.shape,
                                  mode="bilinear", align_corners=False)[0].argmax(0)
         kept = labels != 255
@@ -145,7 +145,7 @@ def test_knn_equals_brute_force(features, settings):
 
 
 def test_a_bank_of_ignored_pixels_alone_is_an_error(features, monkeypatch):
-    monkeypatch.setattr(data.probes, "read_labels",
+    monkeypatch.setattr(data.probes, "read_mask",
                         lambda dataset, k: torch.full((64, 64), 255))
     with pytest.raises(RunFailed, match="nothing to learn from"):
         prober(features).knn()
@@ -354,7 +354,7 @@ def test_segments_of_the_benchmarks_files(tmp_path):
     listing.write_text(json.dumps(report))
     dataset = open_benchmark("cityscapes", tmp_path, panoptic=True)
     assert dataset.things == {13}
-    segments, classes = true_segments(dataset, 0, read_labels(dataset, 0))
+    segments, classes = true_segments(dataset, 0, read_mask(dataset, 0))
     assert classes.tolist() == [0, 13, 13]
     assert (segments[:10] == 0).all() and (segments[10:, :15] == 1).all()
     assert (segments[15:, 25:] == -1).all() and (segments[10:15, 20:] == -1).all()
