@@ -167,6 +167,7 @@ from data.drawing import contact_sheet, map_path, save_maps, save_picture
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
 from export_onnx import export
+from model_card import write_card
 
 # ---- similarities of windows, at pixel resolution ------------------------------------------------
 
@@ -1200,6 +1201,13 @@ def main(args):
         write_json(args.json, {"dataset": args.dataset or datasets[0].name, "results": results,
                                "settings": settings})
     show(results, args.json, args.plot)
+    folder = Path(args.checkpoint or "runs/spar")
+    scored = any(each["method"] == "spar" for each in results)
+    if scored and not args.limit and (folder / "spar.json").is_file():
+        try:
+            write_card(folder, results)
+        except RunFailed as error:  # somebody else's student, say
+            print(f"the model card lacks these scores: {error}")
     for row in finished:
         row.journal.unlink(missing_ok=True)
 
