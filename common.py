@@ -630,7 +630,8 @@ def resize_positions(table, grid, new_grid, rule="size"):
 
     table: (h * w, C) for grid (h, w). Returns (h' * w', C); the table itself for the same grid.
     """
-    if tuple(grid) == tuple(new_grid):
+    # a graph must not take the size that it is exported at for every size
+    if tuple(grid) == tuple(new_grid) and not torch.compiler.is_exporting():
         return table
     image = table.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
     how = {"size": {"size": tuple(new_grid)},
@@ -645,7 +646,9 @@ def one_by_one(function, tokens, most=2 ** 15):
 
     most: sequences at a time (CUDA's attention kernels take fewer than 2^16).
     """
-    parts = tokens.flatten(0, 1).unsqueeze(1).split(most)  # (B * n, 1, C)
+    sequences = tokens.flatten(0, 1).unsqueeze(1)  # (B * n, 1, C)
+    # how many parts there are is no part of an exported graph
+    parts = [sequences] if torch.compiler.is_exporting() else sequences.split(most)
     return torch.cat([function(part) for part in parts]).view(*tokens.shape[:2], -1)
 
 
@@ -813,7 +816,7 @@ class NativeViT(Backbone):
         places = resize_positions(positions[1:], visual.grid_size, grid, self.positions)
         patches = patches + places.to(patches.dtype)
         class_token = (visual.class_embedding + positions[0]).to(patches.dtype)
-        return visual.ln_pre(torch.cat([class_token.expand(len(images), 1, -1), patches], 1))
+        return visual.ln_pre(torch.cat([class_token.expand(images.shape[0], 1, -1), patches], 1))
 
     def run_block(self, index, tokens, grid):
         block = self.blocks[index]
@@ -835,7 +838,7 @@ class NativeViT(Backbone):
             query = pool.ln_q(pool.query[:1])
 
             def pooled(keys):
-                queries = query.expand(len(keys), 1, -1)
+                queries = query.expand(keys.shape[0], 1, -1)
                 return pool.attn(queries, keys, keys, need_weights=False)[0]
             patches = one_by_one(pooled, pool.ln_k(patches))
         return (visual.ln_post(patches) @ visual.proj).unflatten(1, grid)
@@ -875,7 +878,7 @@ class TimmViT(Backbone):
                                       self.positions)
             patches = patches + places.to(patches.dtype)
             first = first + table[:own] if own else first
-        first = first.to(patches.dtype).expand(len(images), -1, -1)  # class token, registers
+        first = first.to(patches.dtype).expand(images.shape[0], -1, -1)  # class token, registers
         return trunk.norm_pre(torch.cat([first, patches], 1))
 
     def attend(self, block, tokens, grid):
@@ -914,6 +917,9 @@ class EvaViT(TimmViT):
         rope = self.trunk.rope
         if rope is None:
             return block(tokens)
+        if torch.compiler.is_exporting():  # any grid's, instead of timm's table of the last one
+            rope._use_cached_embed = False  # without effect on get_embed() below
+            return block(tokens, rope=rope.get_embed(list(grid)))
         rope.update_feat_shape(list(grid))
         return block(tokens, rope=rope.get_embed())
 
@@ -1772,7 +1778,14 @@ def segment(backbone, image, classes):
     classes = [[names] if isinstance(names, str) else names for names in classes]
     owner = torch.tensor([k for k, names in enumerate(classes) for _ in names])  # (N,)
     texts = embed_texts(backbone, [name for names in classes for name in names])
-    image = to_rgb(image)
+    return label_pixels(backbone, to_rgb(image), texts, owner)
+
+
+def label_pixels(backbone, image, texts, owner):
+    """The class of the most similar name at each pixel: (3, H, W) uint8 -> (H, W) int64.
+
+    texts: unit vectors of N names (N, D); owner: the class of each (N,) int64.
+    """
     size = image.shape[-2:]
     similarities = F.normalize(dense_features(backbone, image), dim=-1) @ texts.T  # (h, w, N)
     return label_strips(lambda strip: owner[strip.argmax(0).cpu()],

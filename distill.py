@@ -2,7 +2,7 @@
 
 In: a folder that extract_teacher.py wrote, and the pictures it was made from. Out, in --out: a
 folder that plain open_clip loads as local-dir:runs/spar, spar.json (what it was trained from and
-how), log.jsonl, loss.png, training_state.pt.
+how), README.md (a model card), log.jsonl, loss.png, training_state.pt.
 
     python distill.py                                      # the demo, CPU
     python distill.py --teacher runs/teacher --epochs 10   # one GPU
@@ -104,6 +104,7 @@ from common import (FAILURE, NUMBER, OF_BACKBONE, RunFailed, WriteBehind, WrongC
                     resize_image, speaks_flags, start_runtime, this_process, weights_hash,
                     write_json, write_json_lines)
 from data.benchmarks import read_classes
+from model_card import write_card
 
 STATE = "training_state.pt"
 LOGGED = {"step": int, "epoch": int, "loss": NUMBER, "lr": NUMBER, "seconds": NUMBER}
@@ -795,6 +796,7 @@ def finish(out, settings, trainer, steps):
     log = read_json_lines(out / "log.jsonl", LOGGED)
     write_json(out / "spar.json", {**settings, "steps": steps,
                                    "loss": log[-1]["loss"] if log else None})
+    write_card(out)
     print(f"student in {out}: {loading}")
     if trainer.cache:
         print(f"frozen tokens in {trainer.cache.folder}: other runs of these blocks use them; "

@@ -3,7 +3,7 @@ shown (paper, section 4).
 
 In: a student's folder (or a backbone's name), pictures, class names, and label masks if there are
 any. Out: a table of mIoU, the same as JSON (--json), label maps, overlays and PCA pictures
-(--save-maps).
+(--save-maps); or an ONNX file (--export).
 
     python evaluate_ovs.py                                    # the demo: window and student
     python evaluate_ovs.py --images photo.jpg --classes "cat, grass | lawn"    # your own words
@@ -13,6 +13,7 @@ any. Out: a table of mIoU, the same as JSON (--json), label maps, overlays and P
     python evaluate_ovs.py --short-side 128 192 256 --json runs/sweep.json --plot runs/sweep.png
     python evaluate_ovs.py --results runs/sweep.json --plot runs/again.png     # from that file
     python evaluate_ovs.py --backbone siglip2 --checkpoint spar.ckpt --save-student runs/official
+    python evaluate_ovs.py --classes "sky, grass | lawn" --export segmenter.onnx
 
 Interrupted, the same command continues. What IoU is, data/scores.py says.
 """
@@ -124,6 +125,11 @@ def parse_args(argv=None):
     add("--save-student", metavar="DIR", help="write what an official checkpoint holds as a "
         "student's folder, which open_clip loads and --checkpoint and --backbone take; evaluates "
         "only if --dataset or --images is given")
+    add("--export", metavar="FILE", help="evaluate nothing: write the single pass as an ONNX file, "
+        "from uint8 pictures (H, W, 3) of any size to labels (H, W) of --classes, or without to "
+        "features; needs pip install onnx onnxscript onnxruntime")
+    add("--plain-onnx", action="store_true", help="--export for other runtimes than onnxruntime: "
+        "operators of opset 23 alone, with five times the memory at 1024 x 2048 pixels")
     add("--state", metavar="DIR", default="runs/evaluate", help="where the counts of an unfinished "
         "run are kept, one folder for all processes (%(default)s)")
     add = parser.add_argument_group("with what").add_argument
@@ -174,6 +180,8 @@ from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data,
 from data.drawing import MAP_KINDS, contact_sheet, map_path, save_maps, save_picture
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
+from export_onnx import export
+from model_card import write_card
 
 # ---- similarities of windows, at pixel resolution ------------------------------------------------
 
@@ -966,7 +974,8 @@ def draw_sheet(rows, most=6):
 
 def check_flags(args):
     """Raise WrongCall for flags that can be seen to be wrong by themselves."""
-    for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("json", (".json",))):
+    for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("json", (".json",)),
+                          ("export", (".onnx",))):
         value = getattr(args, flag)
         if value and Path(value).suffix not in endings:
             raise WrongCall(f"--{flag} {value}: must end in {' or '.join(endings)}")
@@ -1056,6 +1065,7 @@ def save_student(student, args):
                "hub_dir": args.hub_dir, "dinov3_weights": args.dinov3_weights}
     write_json(note, {"teacher": teacher, "converted_from": args.checkpoint,
                       "positions": student.positions})
+    write_card(folder)
     print(f"student in {folder}: {loading}")
 
 
@@ -1250,9 +1260,30 @@ def subfolder(folder, name, among):
     return folder / name.replace("/", "-").replace(" ", "")
 
 
+EXPORTED = {"checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights", "classes",
+            "background", "seed", "export", "plain_onnx"}
+
+
+def export_model(args):
+    """--export. Raises WrongCall for flags that its file would not follow."""
+    others = ["--" + name.replace("_", "-") for name, value in vars(parse_args([])).items()
+              if name not in EXPORTED and value != getattr(args, name)]
+    if others:
+        raise WrongCall("--export writes a single pass in float32, with bilinear enlargement and "
+                        f"no thresholds; leave away {', '.join(others)}")
+    if args.background and not args.classes:
+        raise WrongCall("--background goes with --classes")
+    classes = read_classes(args.classes, args.background) if args.classes else None
+    runtime = start_runtime("cpu", "fp32", args.seed)
+    pretrained, student, _ = load_models(args, False, runtime.device)
+    export(student or pretrained, args.export, classes, args.plain_onnx)
+
+
 @speaks_flags
 def main(args):
     check_flags(args)
+    if args.export:
+        return export_model(args)
     if args.results:
         results = read_results(args.results)
         print_results(results)
@@ -1314,6 +1345,13 @@ def main(args):
         write_json(args.json, {"dataset": args.dataset or datasets[0].name, "results": results,
                                "settings": settings})
     show(results, args.json, args.plot)
+    folder = Path(args.checkpoint or "runs/spar")
+    scored = any(each["method"] == "spar" for each in results)
+    if scored and not args.limit and (folder / "spar.json").is_file():
+        try:
+            write_card(folder, results)
+        except RunFailed as error:  # somebody else's student, say
+            print(f"the model card lacks these scores: {error}")
     for row in finished:
         row.journal.unlink(missing_ok=True)
 
