@@ -98,7 +98,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":  # before torch's import, so that --help and a wrong flag answer at once
     ARGS = parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no traceback from an import
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until command_line: no import's traceback
 
 import math
 import shutil
