@@ -171,6 +171,10 @@ class Teacher:
         if not self.entries:
             raise RunFailed(f"{self.folder / 'index.jsonl'} lists no features; run "
                             "extract_teacher.py first")
+        for entry in self.entries:
+            if planned_size(entry) != tuple(side * self.patch for side in entry["grid"]):
+                raise RunFailed(f"{self.folder}: {entry['file']} and its picture in index.jsonl "
+                                "are of different sizes; run extract_teacher.py again")
 
     def require_whole(self):
         """Raise RunFailed if maps are still to be made, which would be missing without a word."""

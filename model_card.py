@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from common import (BACKBONES, DINOV3, WrongCall, atomic_path, read_json,
+from common import (BACKBONES, DINOV3, RunFailed, WrongCall, atomic_path, fits, read_json,
                     resolve_backbone)
 from data.scores import result_label, result_size
 
@@ -14,6 +14,8 @@ LICENSES = {"tiny": "mit", "siglip2": "apache-2.0", "siglip2-naflex": "apache-2.
             **dict.fromkeys(["tipsv2", "tipsv2-b", "tipsv2-so", "tipsv2-g"], "apache-2.0")}
 MARK = "\n<!-- generated: "  # what follows says by which text a card is known as unedited
 KEY = ("dataset", "method", "refine", "upsampler", "short_side", "area")  # of one result
+TEACHER = {"backbone": str, "window": list | None, "stride": int | None, "images": str | None,
+           "torch": str | None, "open_clip": str | None}  # what of spar.json's stands in the card
 KEPT = (*KEY, "miou", "pixel_accuracy", "images")
 
 
@@ -33,6 +35,7 @@ def write_card(folder, results=()):
                for each in [*known.get("results", ()), *results]]
     rows = {tuple(each[key] for key in KEY): each for each in results}
     text = card_text(folder, list(rows.values()))
+    text = text.encode(errors="backslashreplace").decode()  # names of files need not be text
     stamp = {"sha256": digest(text), "results": list(rows.values())}
     with atomic_path(path) as temporary:
         temporary.write_text(f"{text}{MARK}{json.dumps(stamp)} -->\n", encoding="utf-8")
@@ -117,6 +120,8 @@ def card_text(folder, rows):
     """Front matter and text of the card of a student's folder, without the last line."""
     settings = read_json(folder / "spar.json", "distill.py", {"teacher": dict})
     teacher = settings["teacher"]
+    if not fits(teacher, TEACHER) or not fits(settings, {"converted_from": str | None}):
+        raise RunFailed(f"{folder / 'spar.json'} does not tell what the student was made from")
     name = teacher["backbone"]
     library, loading = "open_clip", LOADING
     if (folder / DINOV3).is_file():
@@ -144,17 +149,18 @@ def how_made(settings, teacher, backbone):
     """A Markdown table of a student's settings."""
     if "converted_from" in settings:
         return f"Converted from {Path(settings['converted_from']).name}, of the method's authors.\n"
-    window = teacher["window"] and " x ".join(map(str, teacher["window"]))
+    window, pictures = teacher.get("window") or (), Path(teacher.get("images") or "a folder").name
     lines = {
-        "teacher": f"{backbone}, " + (f"windows of {window}, stride {teacher['stride']}"
-                                      if teacher["stride"] else "a single pass"),
-        "maps distilled on": f"{settings['maps']} of pictures in {Path(teacher['images']).name}",
-        "trained blocks": settings["train_blocks"], "trained part": settings["train_only"],
-        **{key.replace("_", " "): settings[key] for key in (
+        "teacher": f"{backbone}, " + (
+            f"windows of {' x '.join(map(str, window))}, stride {teacher['stride']}"
+            if teacher.get("stride") else "a single pass"),
+        "maps distilled on": f"{settings.get('maps')} of pictures in {pictures}",
+        "trained blocks": settings.get("train_blocks"), "trained part": settings.get("train_only"),
+        **{key.replace("_", " "): settings.get(key) for key in (
             "epochs", "steps", "batch_size", "optimizer", "lr", "schedule", "weight_decay",
             "random_scale", "seed", "precision")},
-        "loss of": settings["loss_of"], "last loss": settings.get("loss"),
-        "torch": teacher["torch"], "open_clip": teacher["open_clip"]}
+        "loss of": settings.get("loss_of"), "last loss": settings.get("loss"),
+        "torch": teacher.get("torch"), "open_clip": teacher.get("open_clip")}
     lines = {key: f"{value:.4g}" if isinstance(value, float) else value
              for key, value in lines.items() if value is not None}
     return "\n".join(["| | |", "| --- | --- |",

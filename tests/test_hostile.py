@@ -517,6 +517,13 @@ def test_damaged_settings_are_named(micro, pictures, tmp_path, name, value):
         train(tmp_path / "teacher", tmp_path / "spar", *kept)
 
 
+def test_an_entry_of_another_size_than_its_map(tmp_path):
+    common.write_json_lines(tmp_path / "index.jsonl", [ENTRY | {"resize": [64, 1], "crop": None}])
+    common.write_json(tmp_path / "teacher.json", TEACHER)
+    with pytest.raises(RunFailed, match="different sizes"):
+        distill.Teacher(tmp_path)
+
+
 TEACHER = {"backbone": "tiny", "random_init": False, "weights": "", "images": "", "patch": 16,
            "dim": 24}
 

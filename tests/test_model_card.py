@@ -127,3 +127,36 @@ def test_a_folder_that_cannot_be_written_costs_no_scores(student, monkeypatch, t
         "--json", tmp_path / "out.json")
     assert "the model card lacks these scores" in capsys.readouterr().out
     assert (tmp_path / "out.json").exists()
+
+
+def test_cards_of_other_kinds_of_students(student):
+    """TIPSv2's loads in transformers; an official one, converted, was not trained here."""
+    settings = json.loads((student / "spar.json").read_text())
+    (student / "open_clip_config.json").unlink()
+    (student / "config.json").write_text("{}")
+    settings["teacher"]["backbone"] = "tipsv2"
+    (student / "spar.json").write_text(json.dumps(settings))
+    assert write_card(student)
+    data = ModelCard.load(student / "README.md").data.to_dict()
+    assert (data["library_name"], data["license"]) == ("transformers", "apache-2.0")
+    assert "AutoModel" in (student / "README.md").read_text()
+    (student / "spar.json").write_text(json.dumps(
+        {"teacher": {"backbone": "siglip2"}, "converted_from": "downloads/spar.ckpt"}))
+    assert write_card(student)
+    assert "Converted from spar.ckpt" in (student / "README.md").read_text()
+
+
+@pytest.mark.parametrize("change", [{"backbone": 5}, {"window": 5}, {"images": []}])
+def test_spoilt_settings_are_named(student, change):
+    settings = json.loads((student / "spar.json").read_text())
+    settings["teacher"] |= change
+    (student / "spar.json").write_text(json.dumps(settings))
+    with pytest.raises(RunFailed, match="spar.json"):
+        write_card(student)
+
+
+def test_names_that_are_no_text(student):
+    settings = json.loads((student / "spar.json").read_text())
+    settings["teacher"]["images"] = "folder \ud800"
+    (student / "spar.json").write_text(json.dumps(settings))
+    assert write_card(student) and write_card(student)
