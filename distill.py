@@ -104,7 +104,7 @@ from common import (FAILURE, NUMBER, OF_BACKBONE, RunFailed, WriteBehind, WrongC
                     resize_image, speaks_flags, start_runtime, this_process, weights_hash,
                     write_json, write_json_lines)
 from data.benchmarks import read_classes
-from model_card import write_card
+from data.model_card import write_card
 
 STATE = "training_state.pt"
 LOGGED = {"step": int, "epoch": int, "loss": NUMBER, "lr": NUMBER, "seconds": NUMBER}

@@ -178,10 +178,10 @@ from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data,
                              demo_pictures, label_table, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes, read_labels)
 from data.drawing import MAP_KINDS, contact_sheet, map_path, save_maps, save_picture
+from data.export_onnx import export
+from data.model_card import write_card
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
-from export_onnx import export
-from model_card import write_card
 
 # ---- similarities of windows, at pixel resolution ------------------------------------------------
 

@@ -123,7 +123,7 @@ from data.features import Features, keep_features, name_absent, open_folds
 from data.probes import (Knn, Training, bank, neighbours, read_head, save_head, segments_of,
                          train_head, vote)
 from data.scores import confusion_matrix, match_segments, print_probes, probe_result
-from evaluate_ovs import files_state, label_map, plain_methods, text_hash
+from evaluate_ovs import files_state, label_map, maps_folder, plain_methods, text_hash
 
 # ---- one method's probes -------------------------------------------------------------------------
 
@@ -303,11 +303,13 @@ def apply_head(args, runtime):
     methods, classes = plain_methods(args, runtime), Classes(about["classes"])
     features = Features(methods[0], own_pictures(args.images, None, classes, args.limit),
                         workers=args.workers)
-    if len(methods) > 1 or head.in_features != features.dim:
+    if len(methods) > 1:
+        raise RunFailed("--head takes one method")
+    if head.in_features != features.dim:
         raise RunFailed(f"{args.head} takes {head.in_features} features, the backbone has "
-                        f"{features.dim}" if len(methods) == 1 else "--head takes one method")
+                        f"{features.dim}")
     now = describe_head(features, Training(1, 1, about["crop"]))
-    folder = args.save_maps or "runs/maps"
+    folder = maps_folder(args.save_maps, args.images, labelled=False)
     for key in ("weights", "stride", "window"):
         if now[key] != about[key]:
             raise RunFailed(f"{args.head} was trained on features of {about['method']} of "
@@ -317,7 +319,7 @@ def apply_head(args, runtime):
     items = logits_of(head, features, mine, about["crop"])
     for index, logits in tqdm(items, total=len(mine), unit="map", disable=runtime.rank > 0):
         size = picture_size(dataset.root / dataset.images[index])
-        draw(Path(folder), features, index, plain_labels(logits, size), classes)
+        draw(folder, features, index, plain_labels(logits, size), classes)
     print(f"maps in {folder}")
 
 
@@ -349,8 +351,8 @@ def probe_method(method, folds, plan, args, runtime, state):
     if todo:
         need = sum(sources[key].bytes(some) for key, (_, some) in jobs.items())
         folder = keep_features(args.keep_features, state / f"{label}-features", need, runtime)
+    look = [weights_hash(method.backbone), method.stride, method.window, runtime.precision]
     for key, (dataset, some) in jobs.items() if todo and folder else ():
-        look = [weights_hash(method.backbone), method.stride, method.window, runtime.precision]
         sources[key].folder = folder / text_hash([look, files_state(dataset)])[:12]
         sources[key].fill(some, runtime)
     runtime.barrier()

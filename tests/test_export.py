@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 import evaluate_ovs
-import export_onnx
+from data import export_onnx
 from common import RunFailed, WrongCall, dense_features, label_pixels, load_backbone, segment
 from test_families import NATIVE, shaken, write_folder
 from test_stages import run

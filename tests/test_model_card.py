@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 import distill
 import evaluate_ovs
 import extract_teacher
-import model_card
+from data import model_card
 from common import RunFailed
-from model_card import base_model, write_card
+from data.model_card import base_model, write_card
 from test_stages import ROOT, SMALL, run
 
 RESULT = {"dataset": "secret/place/voc21", "method": "spar", "refine": "none",
