@@ -156,7 +156,6 @@ import itertools
 import json
 import math
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -169,16 +168,18 @@ from tqdm import tqdm
 
 from common import (BACKBONES, IGNORE, MODEL_FILES, NUMBER, OF_BACKBONE, RunFailed, Stitcher,
                     WrongCall, append_json_lines, atomic_path, bilinear_strips, chosen_window,
-                    command_line, default_stride, embed_texts, encode_windows, first_line,
-                    fit_to_patches, fits, hub_clone, label_strips, load_backbone, load_strictly,
-                    prefetch, prepare, read_json, read_json_lines, read_tensors, said_positions,
-                    short_name, speaks_flags, start_runtime, stitch_axis, stitched_features,
-                    weights_hash, whole_numbers, window_starts, write_json, write_json_lines)
+                    command_line, default_stride, embed_texts, encode_windows, fit_to_patches, fits,
+                    label_strips, load_backbone, load_strictly, prefetch, prepare, read_json,
+                    read_json_lines, read_tensors, said_positions, short_name, speaks_flags,
+                    start_runtime, stitch_axis, stitched_features, weights_hash, whole_numbers,
+                    window_starts, write_json, write_json_lines)
+from data.anyup import AnyUp
 from data.benchmarks import (BENCHMARKS, Rule, Size, benchmark_rule, check_data, check_masks,
                              demo_pictures, label_table, load_sample, open_benchmark, own_pictures,
                              picture_size, read_classes, read_labels)
 from data.drawing import MAP_KINDS, contact_sheet, map_path, save_maps, save_picture
 from data.export_onnx import export
+from data.lposs import propagate_patches, propagate_pixels
 from data.model_card import write_card
 from data.scores import (confusion_matrix, label_of, print_results, print_table, read_results,
                          scores, show)
@@ -283,293 +284,6 @@ PROTOCOLS = {
             "a photo of many {}.", "a photo of {}s.")),
         ProbabilityStitcher, (336,), Size(448), Rule(1.0)),
 }
-
-
-# ---- label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in the places of its
-# two backbones (paper, supplement 9) --------------------------------------------------------------
-
-def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
-    """Solve apply(X) = targets from 0, one system a row, each with its own step sizes:
-    targets (Q, ...) -> (Q, ...).
-
-    A row that has come below tolerance times its target stays as it is; a row of zeros stays zero.
-    """
-    def dot(a, b):
-        return (a * b).flatten(1).sum(1, dtype=torch.float64)
-
-    def times(scales, rows):
-        return scales.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1)) * rows
-
-    solution, residual, direction = torch.zeros_like(targets), targets.clone(), targets.clone()
-    power = dot(residual, residual)
-    limit = tolerance ** 2 * power
-    for _ in range(steps):
-        active = power > limit
-        applied = apply(direction)
-        step = torch.where(active, power / dot(direction, applied), 0)
-        solution += times(step, direction)
-        residual -= times(step, applied)
-        before, power = power, dot(residual, residual)
-        direction = residual + times(torch.where(active, power / before, 0), direction)
-    return solution
-
-
-def patch_graph(features, centres, lposs, values=2 ** 24):
-    """LPOSS' normalised adjacency S = D^-1/2 (A + A^T) D^-1/2 of patches: (M, M) sparse float64,
-    its entries computed in float32.
-
-    features: (M, D), L2-normalised; centres: (M, 2) in pixels of the network's input. A joins each
-    patch with its k nearest by features, weighted by cosine^gamma * exp(-sigma * distance^power);
-    no patch with itself. values: floats held at a time.
-    """
-    count, neighbours, weights = len(features), [], []
-    k, part = min(lposs.k, count), max(1, values // count)
-    for first in range(0, count, part):
-        cosine, index = (features[first:first + part] @ features.T).topk(k)  # (part, k)
-        distance = (centres[first:first + part, None] - centres[index]).norm(dim=-1)
-        near = torch.exp(-lposs.sigma * distance ** lposs.power)
-        neighbours.append(index)
-        weights.append(cosine.clamp(min=0) ** lposs.gamma * near)
-    neighbours, weights = torch.cat(neighbours).flatten(), torch.cat(weights).flatten()
-    owners = torch.arange(count, device=features.device).repeat_interleave(k)
-    weights[owners == neighbours] = 0
-    edges = torch.stack([torch.cat([owners, neighbours]), torch.cat([neighbours, owners])])
-    graph = torch.sparse_coo_tensor(edges, torch.cat([weights, weights]), (count, count),
-                                    check_invariants=False)
-    graph = graph.coalesce()  # mutual neighbours get the sum of both weights
-    (rows, columns), weights = graph.indices(), graph.values()
-    degrees = torch.zeros(count, device=features.device).index_add_(0, rows, weights)
-    scale = torch.where(degrees > 0, degrees, 1).rsqrt()
-    weights = (weights * scale[rows] * scale[columns]).double()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors beta
-        return torch.sparse_coo_tensor(graph.indices(), weights, (count, count),
-                                       is_coalesced=True, check_invariants=False).to_sparse_csr()
-
-
-def propagate_patches(features, centres, similarities, lposs=Lposs()):
-    """LPOSS: (M, D) L2-normalised features, (M, 2) centres, (M, N) cosine similarities ->
-    propagated similarities (M, N) float32.
-
-    (1 - alpha) (I - alpha S)^-1 applied to each name's column; the factor only keeps the range of a
-    similarity.
-    """
-    graph = patch_graph(features, centres, lposs)
-    solution = conjugate_gradients(lambda rows: rows - lposs.alpha * (graph @ rows.T).T,
-                                   similarities.T.double(), lposs.steps)
-    return (1 - lposs.alpha) * solution.T.float()
-
-
-def rgb_to_lab(image):
-    """sRGB (3, H, W) uint8 -> CIE L*a*b* for white D65, (3, H, W) float32."""
-    rgb = image.float() / 255
-    rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
-                           [0.019334, 0.119193, 0.950227]], device=image.device)
-    white = torch.tensor([0.95047, 1.0, 1.08883], device=image.device).view(3, 1, 1)
-    xyz = (to_xyz @ rgb.flatten(1)).view_as(rgb) / white
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-class PixelGraph:
-    """LPOSS+'s normalised adjacency of pixels: each joined with the square around it by
-    exp(-colour difference / tau).
-
-    image: (3, H, W) uint8. There is no matrix: one map of weights for each half of the offsets,
-    (2 reach^2 + 2 reach) x H x W floats (84 for a reach of 6), and products of shifted maps.
-    """
-
-    def __init__(self, image, reach, tau):
-        self.reach, self.size = reach, image.shape[-2:]
-        (height, width), ranges = self.size, torch.tensor([100.0, 128.0, 128.0]).view(3, 1, 1)
-        lab = rgb_to_lab(image) / ranges.to(image.device)
-        self.offsets = [(dy, dx) for dy in range(reach + 1) for dx in range(-reach, reach + 1)
-                        if (dy, dx) > (0, 0)]
-        # weights[d, reach + y, reach + x] joins (y, x) with (y, x) + offset d; 0 where that lies
-        # outside
-        self.weights = lab.new_zeros(len(self.offsets), height + 2 * reach, width + 2 * reach)
-        for weights, (dy, dx) in zip(self.weights, self.offsets):
-            if dy < height and abs(dx) < width:
-                left, right = max(0, -dx), width - max(0, dx)  # of the pixels that have a partner
-                here = lab[:, :height - dy, left:right]
-                there = lab[:, dy:, left + dx:right + dx]
-                inside = weights[reach:reach + height - dy, reach + left:reach + right]
-                inside.copy_(torch.exp(-(here - there).norm(dim=0) / tau))
-        degrees = self.apply(torch.ones(1, height, width, device=image.device))[0]
-        scale = F.pad(torch.where(degrees > 0, degrees, 1).rsqrt(), (reach,) * 4)
-        for weights, (dy, dx) in zip(self.weights, self.offsets):
-            weights *= scale * scale.roll((-dy, -dx), (0, 1))
-
-    def apply(self, maps):
-        """(Q, H, W) -> the product with the adjacency, (Q, H, W)."""
-        (height, width), reach = self.size, self.reach
-        padded, products = F.pad(maps, (reach,) * 4), torch.zeros_like(maps)
-        rows = 64 if maps.device.type == "cpu" else height  # strips that stay in a CPU's cache
-        for first in range(0, height, rows):
-            out = products[:, first:first + rows]
-
-            def shifted(values, dy, dx):
-                top, left = reach + first + dy, reach + dx
-                return values[..., top:top + out.shape[1], left:left + width]
-
-            for weights, (dy, dx) in zip(self.weights, self.offsets):
-                out.addcmul_(shifted(weights, 0, 0), shifted(padded, dy, dx))
-                out.addcmul_(shifted(weights, -dy, -dx), shifted(padded, -dy, -dx))
-        return products
-
-
-def propagate_pixels(image, similarities, lposs=Lposs(), values=2 ** 24):
-    """LPOSS+: (3, H, W) uint8 and its similarities (h, w, N), stretched to (H, W) -> propagated
-    similarities (H, W, N) float32.
-
-    In float32: ten steps on so well conditioned a system lose no digit that a label depends on.
-    values: floats of one map held at a time.
-    """
-    height, width = image.shape[-2:]
-    graph = PixelGraph(image, lposs.reach, lposs.tau)
-    propagated = similarities.new_empty(similarities.shape[2], height, width)
-    part = max(1, values // (height * width))
-    for first in range(0, len(propagated), part):
-        some = similarities[..., first:first + part]
-        maps = bilinear_strips(some, (height, width))(0, height).contiguous()
-        propagated[first:first + part] = conjugate_gradients(
-            lambda rows: rows - lposs.alpha * graph.apply(rows), maps, lposs.steps)
-    return (1 - lposs.alpha) * propagated.permute(1, 2, 0)
-
-
-# ---- AnyUp (Wimmer et al., 2025): its published network on class similarities, in tiles ----------
-
-class AnyUp(torch.nn.Module):
-    """Guided upsampling of similarities by the published code and weights, of which only the
-    attention is computed differently.
-
-    The published attention masks each pixel to a tenth of the picture around it with a matrix of
-    pixels x patches (17 GB at 1024 x 2048); here each tile of pixels meets only the patches that
-    its mask lets through. What remains is the encoders' memory, 3 kB a pixel, in fp32.
-    """
-    CHECKPOINTS = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
-
-    def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False, device="cpu"):
-        super().__init__()
-        clone, checkpoint = hub_clone("anyup", hub_dir), self.CHECKPOINTS[model]
-        local = None if random_init or clone is None else clone / checkpoint
-        if local and not local.is_file():
-            raise RunFailed(f"{local} does not exist; fetch it from the releases of "
-                            "https://github.com/wimmerth/anyup")
-        try:
-            self.model = torch.hub.load(
-                str(clone or "wimmerth/anyup"), model, source="local" if clone else "github",
-                verbose=False, trust_repo=True, pretrained=not (random_init or local),
-                device=device)
-            if local:
-                self.model.load_state_dict(torch.load(local, map_location=device,
-                                                      weights_only=True))
-        except Exception as error:  # torch.hub and the code it loads raise many types
-            raise RunFailed(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
-                            f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of its "
-                            "releases into the clone and give `hub_dir` CLONE") from error
-        digest = hashlib.sha256()
-        for weights in self.model.parameters():
-            digest.update(weights.detach().cpu().numpy().tobytes())
-        self.digest = digest.hexdigest()
-        self.block, self.model.cross_decode = self.model.cross_decode, Keep()
-        self.model.rope = InParts(self.model.rope)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.SiLU):
-                module.inplace = True  # all follow a normalisation, whose output nobody else needs
-        self.to(device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def strips(self, image, similarities, size):
-        """(3, H, W) uint8, (h, w, N) -> a function of (first, last) that gives these rows at
-        `size`: (N, rows, W). See bilinear_strips."""
-        constants = open_clip.constants
-        mean, std = (torch.tensor(values, device=similarities.device).view(3, 1, 1)
-                     for values in (constants.IMAGENET_MEAN, constants.IMAGENET_STD))
-        guide = (image.to(similarities.device).float() / 255 - mean) / std
-        low = similarities.permute(2, 0, 1)[None]  # (1, N, h, w)
-        return TiledAttention(self.block, *self.model(guide[None], low, tuple(size))).strip
-
-
-class TiledAttention:
-    """AnyUp's cross-attention, a tile of pixels at a time.
-
-    queries: (1, C, H, W) of pixels, keys: (1, C, h, w) and values: (1, N, h, w) of patches.
-    """
-
-    def __init__(self, block, queries, keys, values, side=32):
-        self.block, self.queries, self.side = block, queries, side
-        self.attention, self.inner = block.cross_attn, block.cross_attn.attention
-        (self.query_weight, weight, _), (self.query_bias, bias, _) = (
-            joined.chunk(3) for joined in (self.inner.in_proj_weight, self.inner.in_proj_bias))
-        keys = F.linear(self.attention.norm_k(keys[0].permute(1, 2, 0)), weight, bias)
-        self.keys = keys.unflatten(-1, (self.inner.num_heads, -1))  # (h, w, heads, C')
-        self.values = values[0].permute(1, 2, 0)  # (h, w, N)
-        self.rows, self.columns = (self.reach(inputs, outputs) for inputs, outputs in
-                                   zip(keys.shape[:2], queries.shape[-2:]))
-
-    def reach(self, inputs, outputs):
-        """First and past-the-last patch that each pixel of an axis attends to: (outputs, 2). In
-        float32 and in the published order of operations."""
-        centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
-        low = (centres - self.block.window_ratio).clamp(0, 1)
-        high = (centres + self.block.window_ratio).clamp(0, 1)
-        return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
-
-    def tile(self, queries, top, left):
-        """Similarities of a tile from its projected queries: (rows, columns, C) -> (..., N)."""
-        spans, allowed = [], []
-        for near in (self.rows[top:top + queries.shape[0]],
-                     self.columns[left:left + queries.shape[1]]):
-            span = slice(int(near[:, 0].min()), int(near[:, 1].max()))
-            patches = torch.arange(span.start, span.stop)
-            spans.append(span)
-            allowed.append((patches >= near[:, :1]) & (patches < near[:, 1:]))
-        mask = allowed[0][:, None, :, None] & allowed[1][None, :, None, :]
-        mask = mask.flatten(0, 1).flatten(1).to(queries.device)  # (pixels, patches)
-        heads = self.inner.num_heads
-        pixels = queries.flatten(0, 1).unflatten(-1, (heads, -1))  # (pixels, heads, C')
-        keys, values = (of[spans[0], spans[1]].flatten(0, 1) for of in (self.keys, self.values))
-        scores = torch.einsum("qhc,khc->hqk", pixels, keys) * pixels.shape[-1] ** -0.5
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)
-        return (weights @ values).unflatten(0, queries.shape[:2])
-
-    def strip(self, first, last):
-        """Rows first to last - 1: (N, rows, W)."""
-        joined = []
-        for top in range(first, last, self.side):
-            bottom, above = min(top + self.side, last), max(top - 1, 0)  # one row of halo
-            smooth = self.block.conv2d(self.queries[:, :, above:bottom + 1])[0]
-            smooth = smooth[:, top - above:bottom - above].permute(1, 2, 0)
-            queries = F.linear(self.attention.norm_q(smooth), self.query_weight, self.query_bias)
-            tiles = [self.tile(queries[:, left:left + self.side], top, left)
-                     for left in range(0, queries.shape[1], self.side)]
-            joined.append(torch.cat(tiles, 1))
-        return torch.cat(joined).permute(2, 0, 1)
-
-
-class InParts(torch.nn.Module):
-    """AnyUp's positional encoding, some positions at a time: as a whole it is the network's peak of
-    memory."""
-
-    def __init__(self, encode):
-        super().__init__()
-        self.encode = encode
-
-    def forward(self, values, coordinates, part=2 ** 16):
-        encoded = torch.empty_like(values)  # (1, H * W, C)
-        for first in range(0, values.shape[1], part):
-            some = slice(first, first + part)
-            encoded[:, some] = self.encode(values[:, some], coordinates[:, some])
-        return encoded
-
-
-class Keep(torch.nn.Module):
-    """In the place of AnyUp's attention: hands its inputs out."""
-
-    def forward(self, queries, keys, values, **_):
-        return queries, keys, values
 
 
 # ---- methods -------------------------------------------------------------------------------------

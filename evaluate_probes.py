@@ -160,7 +160,7 @@ class Prober:
     def knn(self):
         """In-context segmentation: a confusion matrix."""
         grids, queries = {}, [torch.zeros(0, self.test.dim, device=self.test.device)]
-        for index, features in self.test.stream(self.mine):
+        for index, features in self.test.stream(self.mine, "kNN, to score"):
             grids[index] = features.shape[:2]
             queries.append(F.normalize(features.flatten(0, 1).float(), dim=-1).half())
         knn, queries = self.plan.knn, torch.cat(queries)
@@ -346,7 +346,7 @@ def probe_method(method, folds, plan, args, runtime, state):
              for k in range(len(some))]
     todo = {path for *_, path in units if not path.is_file()}
     runtime.barrier()  # all have looked
-    sources = {key: Features(method, dataset, None, args.workers)
+    sources = {key: Features(method, dataset, None, args.workers, runtime.rank > 0)
                for key, (dataset, _) in jobs.items()}
     if todo:
         need = sum(sources[key].bytes(some) for key, (_, some) in jobs.items())

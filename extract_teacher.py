@@ -160,7 +160,7 @@ def plan_augmentation(size, augmentation, patch, seed):
         scale = augmentation.min_side / min(size)
     resized, crop = [int(side * scale + 0.5) for side in size], None
     if rng.uniform() < augmentation.crop_prob and not enlarged:
-        kept = [rng.uniform(max(augmentation.min_side, 0.4 * side), side) for side in resized]
+        kept = [max(augmentation.min_side, rng.uniform(0.4 * side, side)) for side in resized]
         kept = [max(patch, int(side) // patch * patch) for side in kept]
         crop = [int(rng.integers(0, side - part + 1)) for side, part in zip(resized, kept)] + kept
     else:

@@ -86,10 +86,12 @@ class Features:
 
     folder: where they are kept, for a restarted run and for torchrun's other processes; without
     one they are computed whenever they are asked for. A picture that cannot be read has no patches.
+    silent: without progress bars.
     """
 
-    def __init__(self, method, dataset, folder=None, workers=2):
+    def __init__(self, method, dataset, folder=None, workers=2, silent=False):
         self.method, self.dataset, self.folder, self.workers = method, dataset, folder, workers
+        self.silent = silent
         self.patch, self.dim = method.backbone.patch, method.backbone.dim
         self.device = method.backbone.mean.device
 
@@ -120,9 +122,13 @@ class Features:
             loaded = self.method.features(prepare(self.method.backbone, loaded)).half()
         return loaded.to(self.device)
 
-    def stream(self, indices):
-        """(index, its map) of those that have one, in order, read ahead."""
-        for index, loaded in zip(indices, prefetch(self.load, indices, self.workers)):
+    def stream(self, indices, said=None):
+        """(index, its map) of those that have one, in order, read ahead; under a progress bar that
+        says what they are for."""
+        maps = prefetch(self.load, indices, self.workers)
+        for index, loaded in tqdm(zip(indices, maps), total=len(indices), unit="map", leave=False,
+                                  desc=f"{said}, {self.method.name}",
+                                  disable=self.silent or said is None):
             features = self.encode(loaded)
             if features.numel():
                 yield index, features
@@ -133,7 +139,7 @@ class Features:
         mine = [job for job in jobs[runtime.rank::runtime.world] if not self.path(*job).is_file()]
         pixels = prefetch(lambda job: self.pixels(*job), mine, self.workers)
         for job, loaded in tqdm(zip(mine, pixels), total=len(mine), unit="map",
-                                desc=f"features, {self.method.name}", disable=runtime.rank > 0):
+                                desc=f"features, {self.method.name}", disable=self.silent):
             with atomic_path(self.path(*job)) as temporary, open(temporary, "wb") as file:
                 np.save(file, self.encode(loaded).cpu().numpy().astype(np.float16))
 

@@ -63,7 +63,7 @@ def bank(features, indices, knn, seed, rows=2 ** 16):
     if knn.bank_size:
         most = max(1, knn.bank_size // len(indices))
     chunk, held = [], 0
-    for index, each in features.stream(indices):
+    for index, each in features.stream(indices, "kNN, to learn from"):
         labels = read_mask(features.dataset, index)
         shares = patch_shares(labels, each.shape[:2], features.patch, count, knn.ignored)
         kept = shares.any(1).nonzero()[:, 0]

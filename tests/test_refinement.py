@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data.anyup
 import evaluate_ovs
 from common import (RunFailed, WrongCall, bilinear_strips, cut_windows, dense_features,
                     fit_to_patches, label_strips, prepare, to_rgb, window_starts)
+from data.anyup import AnyUp, TiledAttention
 from data.benchmarks import Classes
-from evaluate_ovs import (AnyUp, Lposs, Method, PixelGraph, TiledAttention, best_synonyms,
-                          conjugate_gradients, label_map, patch_graph, propagate_patches,
-                          propagate_pixels, rgb_to_lab)
+from data.lposs import (PixelGraph, conjugate_gradients, patch_graph, propagate_patches,
+                        propagate_pixels, rgb_to_lab)
+from evaluate_ovs import Lposs, Method, best_synonyms, label_map
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +79,8 @@ def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
 def test_a_patch_without_similar_neighbours_keeps_its_similarities():
     features, centres = torch.eye(4), torch.zeros(4, 2)
     similarities = torch.rand(4, 3)
-    assert torch.allclose(propagate_patches(features, centres, similarities), 0.05 * similarities)
+    propagated = propagate_patches(features, centres, similarities, Lposs())
+    assert torch.allclose(propagated, 0.05 * similarities)
 
 
 def test_each_column_has_its_own_step_sizes():
@@ -286,7 +289,7 @@ def published(ours, image, similarities, size):
     ((64, 64), (4, 4), (33, 40), 1),
 ])
 def test_anyup_in_tiles_equals_its_own_output(anyup, side, grid, size, names, monkeypatch):
-    monkeypatch.setattr(evaluate_ovs, "TiledAttention", functools.partial(TiledAttention, side=24))
+    monkeypatch.setattr(data.anyup, "TiledAttention", functools.partial(TiledAttention, side=24))
     image, similarities = (torch.randint(0, 256, (3, *side), dtype=torch.uint8),
                            0.3 * torch.rand(*grid, names))
     strip = anyup.strips(image, similarities, size)

@@ -1,0 +1,140 @@
+"""AnyUp (Wimmer et al., 2025): its published network on class similarities, in tiles."""
+import hashlib
+
+import open_clip
+import torch
+import torch.nn.functional as F
+
+from common import RunFailed, first_line, hub_clone
+
+
+class AnyUp(torch.nn.Module):
+    """Guided upsampling of similarities by the published code and weights, of which only the
+    attention is computed differently.
+
+    The published attention masks each pixel to a tenth of the picture around it with a matrix of
+    pixels x patches (17 GB at 1024 x 2048); here each tile of pixels meets only the patches that
+    its mask lets through. What remains is the encoders' memory, 3 kB a pixel, in fp32.
+    """
+    CHECKPOINTS = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
+
+    def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False, device="cpu"):
+        super().__init__()
+        clone, checkpoint = hub_clone("anyup", hub_dir), self.CHECKPOINTS[model]
+        local = None if random_init or clone is None else clone / checkpoint
+        if local and not local.is_file():
+            raise RunFailed(f"{local} does not exist; fetch it from the releases of "
+                            "https://github.com/wimmerth/anyup")
+        try:
+            self.model = torch.hub.load(
+                str(clone or "wimmerth/anyup"), model, source="local" if clone else "github",
+                verbose=False, trust_repo=True, pretrained=not (random_init or local),
+                device=device)
+            if local:
+                self.model.load_state_dict(torch.load(local, map_location=device,
+                                                      weights_only=True))
+        except Exception as error:  # torch.hub and the code it loads raise many types
+            raise RunFailed(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
+                            f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of its "
+                            "releases into the clone and give `hub_dir` CLONE") from error
+        digest = hashlib.sha256()
+        for weights in self.model.parameters():
+            digest.update(weights.detach().cpu().numpy().tobytes())
+        self.digest = digest.hexdigest()
+        self.block, self.model.cross_decode = self.model.cross_decode, Keep()
+        self.model.rope = InParts(self.model.rope)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.SiLU):
+                module.inplace = True  # all follow a normalisation, whose output nobody else needs
+        self.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def strips(self, image, similarities, size):
+        """(3, H, W) uint8, (h, w, N) -> a function of (first, last) that gives these rows at
+        `size`: (N, rows, W). See bilinear_strips."""
+        constants = open_clip.constants
+        mean, std = (torch.tensor(values, device=similarities.device).view(3, 1, 1)
+                     for values in (constants.IMAGENET_MEAN, constants.IMAGENET_STD))
+        guide = (image.to(similarities.device).float() / 255 - mean) / std
+        low = similarities.permute(2, 0, 1)[None]  # (1, N, h, w)
+        return TiledAttention(self.block, *self.model(guide[None], low, tuple(size))).strip
+
+
+class TiledAttention:
+    """AnyUp's cross-attention, a tile of pixels at a time.
+
+    queries: (1, C, H, W) of pixels, keys: (1, C, h, w) and values: (1, N, h, w) of patches.
+    """
+
+    def __init__(self, block, queries, keys, values, side=32):
+        self.block, self.queries, self.side = block, queries, side
+        self.attention, self.inner = block.cross_attn, block.cross_attn.attention
+        (self.query_weight, weight, _), (self.query_bias, bias, _) = (
+            joined.chunk(3) for joined in (self.inner.in_proj_weight, self.inner.in_proj_bias))
+        keys = F.linear(self.attention.norm_k(keys[0].permute(1, 2, 0)), weight, bias)
+        self.keys = keys.unflatten(-1, (self.inner.num_heads, -1))  # (h, w, heads, C')
+        self.values = values[0].permute(1, 2, 0)  # (h, w, N)
+        self.rows, self.columns = (self.reach(inputs, outputs) for inputs, outputs in
+                                   zip(keys.shape[:2], queries.shape[-2:]))
+
+    def reach(self, inputs, outputs):
+        """First and past-the-last patch that each pixel of an axis attends to: (outputs, 2). In
+        float32 and in the published order of operations."""
+        centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
+        low = (centres - self.block.window_ratio).clamp(0, 1)
+        high = (centres + self.block.window_ratio).clamp(0, 1)
+        return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
+
+    def tile(self, queries, top, left):
+        """Similarities of a tile from its projected queries: (rows, columns, C) -> (..., N)."""
+        spans, allowed = [], []
+        for near in (self.rows[top:top + queries.shape[0]],
+                     self.columns[left:left + queries.shape[1]]):
+            span = slice(int(near[:, 0].min()), int(near[:, 1].max()))
+            patches = torch.arange(span.start, span.stop)
+            spans.append(span)
+            allowed.append((patches >= near[:, :1]) & (patches < near[:, 1:]))
+        mask = allowed[0][:, None, :, None] & allowed[1][None, :, None, :]
+        mask = mask.flatten(0, 1).flatten(1).to(queries.device)  # (pixels, patches)
+        heads = self.inner.num_heads
+        pixels = queries.flatten(0, 1).unflatten(-1, (heads, -1))  # (pixels, heads, C')
+        keys, values = (of[spans[0], spans[1]].flatten(0, 1) for of in (self.keys, self.values))
+        scores = torch.einsum("qhc,khc->hqk", pixels, keys) * pixels.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(0)
+        return (weights @ values).unflatten(0, queries.shape[:2])
+
+    def strip(self, first, last):
+        """Rows first to last - 1: (N, rows, W)."""
+        joined = []
+        for top in range(first, last, self.side):
+            bottom, above = min(top + self.side, last), max(top - 1, 0)  # one row of halo
+            smooth = self.block.conv2d(self.queries[:, :, above:bottom + 1])[0]
+            smooth = smooth[:, top - above:bottom - above].permute(1, 2, 0)
+            queries = F.linear(self.attention.norm_q(smooth), self.query_weight, self.query_bias)
+            tiles = [self.tile(queries[:, left:left + self.side], top, left)
+                     for left in range(0, queries.shape[1], self.side)]
+            joined.append(torch.cat(tiles, 1))
+        return torch.cat(joined).permute(2, 0, 1)
+
+
+class InParts(torch.nn.Module):
+    """AnyUp's positional encoding, some positions at a time: as a whole it is the network's peak of
+    memory."""
+
+    def __init__(self, encode):
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, values, coordinates, part=2 ** 16):
+        encoded = torch.empty_like(values)  # (1, H * W, C)
+        for first in range(0, values.shape[1], part):
+            some = slice(first, first + part)
+            encoded[:, some] = self.encode(values[:, some], coordinates[:, some])
+        return encoded
+
+
+class Keep(torch.nn.Module):
+    """In the place of AnyUp's attention: hands its inputs out."""
+
+    def forward(self, queries, keys, values, **_):
+        return queries, keys, values
