@@ -16,7 +16,7 @@ import argparse
 import os
 import signal
 
-DEMO_VERSIONS = 6  # of each of its 150 pictures
+DEMO_VERSIONS = 3  # of each of its 150 pictures
 
 
 def parse_args(argv=None):
@@ -121,7 +121,7 @@ class Augmentation:
 PUBLISHED = {"paper": Augmentation(2048, 1024, (0.5, 1.0), 512, 0.5, 0.5),
              "large": Augmentation(2560, 2560, (0.2, 1.0), 512, 0.5, 0.5), "none": None}
 # by backbone; tiny's window is 128, and its pictures are no larger than 450
-PRESETS = {"tiny": {"paper": Augmentation(448, 448, (0.7, 1.0), 128, 0.3, 0.5),
+PRESETS = {"tiny": {"paper": Augmentation(448, 448, (0.5, 1.0), 128, 0.5, 0.5),
                     "large": Augmentation(640, 640, (0.2, 1.0), 128, 0.5, 0.5), "none": None}}
 
 

@@ -157,7 +157,7 @@ def how_made(settings, teacher, backbone):
         "maps distilled on": f"{settings.get('maps')} of pictures in {pictures}",
         "trained blocks": settings.get("train_blocks"), "trained part": settings.get("train_only"),
         **{key.replace("_", " "): settings.get(key) for key in (
-            "epochs", "steps", "batch_size", "optimizer", "lr", "schedule", "weight_decay",
+            "epochs", "steps", "batch_size", "lr", "schedule", "weight_decay",
             "random_scale", "seed", "precision")},
         "loss of": settings.get("loss_of"), "last loss": settings.get("loss"),
         "torch": teacher.get("torch"), "open_clip": teacher.get("open_clip")}

@@ -594,7 +594,7 @@ def time_distill(args, work, runtime):
         plain.append(plain_loop(teacher, entries, args.backbone, runtime.device, runtime))
         clock = Clock(runtime.device)
         our_loop(clock, "--teacher", teacher, "--out", work / f"spar-{turn}", "--epochs", 3,
-                 "--optimizer", "adamw", "--batch-size", 1,
+                 "--batch-size", 1,
                  "--cache-frozen", work / f"tokens-{turn}", *flags)
         early.append(clock.epoch(args.images, 0))
         later.append(clock.epoch(args.images, 2))

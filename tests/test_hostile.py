@@ -553,8 +553,8 @@ def test_a_state_that_would_fail_at_its_first_step(micro, pictures, tmp_path):
     train(tmp_path / "teacher", tmp_path / "spar")
     path = tmp_path / "spar" / "training_state.pt"
     for spoil in (lambda state: state.update(step=-1),
-                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=5),
-                  lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.ones(1))):
+                  lambda state: state["optimizer"]["state"][0].update(exp_avg=5),
+                  lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(1))):
         state = torch.load(path, weights_only=True)
         spoil(state)
         torch.save(state, tmp_path / "spoilt.pt")

@@ -244,7 +244,7 @@ def test_extraction_killed_at_any_moment_resumes_to_the_same_bytes(micro, photos
 @pytest.mark.slow
 def test_distillation_killed_at_any_moment_resumes_to_the_same_weights(teacher, tmp_path):
     flags = ["--teacher", teacher, "--epochs", 4, "--save-every", 7, "--lr", "1e-3",
-             "--schedule", "cosine", "--optimizer", "muon"]
+             "--schedule", "cosine"]
     finish(command("distill.py", "--out", tmp_path / "whole", *flags))
     for kill_after in (3, 30, 52):
         process = command("distill.py", "--out", tmp_path / "killed", *flags)
