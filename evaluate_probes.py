@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--ignored", choices=["left-out", "class0"], default="left-out", help="knn: training "
         "pixels of 255; class0 does as open-hummingbird-eval (%(default)s)")
     add("--steps", type=int, metavar="N", help="linear: of 16 pictures each (default: 40000 for "
-        "ade20k, 20000 for other benchmarks, else 60)")
+        "ade20k, 20000 for other benchmarks, else 50)")
     add("--lr", type=float, metavar="X", help="linear: AdamW's first learning rate, which falls to "
         "0 (default: 1e-4 for benchmarks, else 3e-2, for few steps)")
     add("--crop", type=int, metavar="N", help="linear: random crops of N pixels with colour jitter "
@@ -283,7 +283,7 @@ def draw(folder, features, index, labels, classes):
 def choose_training(args):
     """The linear probe's settings: published for benchmarks, else for few pictures and steps."""
     published = dict.fromkeys(BENCHMARKS, 20_000) | {"ade20k": 40_000}
-    steps = args.steps or published.get(args.dataset, 60)
+    steps = args.steps or published.get(args.dataset, 50)
     return Training(steps, args.lr or (1e-4 if args.dataset in published else 3e-2), args.crop)
 
 

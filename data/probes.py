@@ -147,7 +147,7 @@ class Training:
 def picture_loss(head, features, labels):
     """Cross-entropy of bilinearly enlarged logits, averaged over the pixels that count (0 where
     there are none): features (h, w, D), labels (H, W)."""
-    logits = head(features.float()).permute(2, 0, 1)[None]
+    logits = head(features.float()).permute(2, 0, 1)[None].contiguous()  # faster on a CPU
     logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels[None], ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)

@@ -19,7 +19,7 @@ import common
 import evaluate_ovs
 from common import DinoTxt, RunFailed, WrongCall, embed_texts, load_backbone, segment
 from conftest import MICRO
-from evaluate_ovs import load_checkpoint
+from data.students import load_checkpoint
 from test_stages import run
 
 

@@ -25,6 +25,7 @@ import extract_teacher
 import time_inference
 from common import RunFailed, WrongCall, load_backbone, read_index
 from conftest import MICRO
+from data.students import read_student
 from test_stages import SMALL, command, files, finish, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -545,7 +546,7 @@ def test_a_teacher_of_wrong_types(tmp_path, key, value):
 def test_a_student_of_no_teacher(tmp_path, teacher):
     (tmp_path / "spar.json").write_text(json.dumps({"teacher": teacher}))
     with pytest.raises(RunFailed, match="spar.json"):
-        evaluate_ovs.read_student(tmp_path, needs_teacher=False)
+        read_student(tmp_path, needs_teacher=False)
 
 
 def test_a_state_that_would_fail_at_its_first_step(micro, pictures, tmp_path):

@@ -134,6 +134,17 @@ def test_augmentation_keeps_its_promises(presets, preset):
     assert 150 < seen["flip"] < 250 and seen["crop"] > 80 and seen["whole"] > 150
 
 
+def test_crops_are_distributed_as_published():
+    """Sides from [0.4 side, side], raised to 512. Of a 3:2 picture, resized to 1536 r x 1024 r with
+    r uniform in [0.5, 1], a crop is then 512 high with probability 0.49, 512 wide with 0.12."""
+    plans = [plan_augmentation((1000, 1500), PUBLISHED["paper"], 16, str(k)) for k in range(4000)]
+    crops = np.array([plan["crop"][2:] for plan in plans if plan["crop"]])
+    assert 1900 < len(crops) < 2100 and crops.min() == 512
+    # 512 / 0.6 h - 2 / 3 of the draws for a height h, integrated over h; a side of less than 528
+    # rounds down to 512 too, which adds 16 / 0.6 h
+    assert np.allclose((crops == 512).mean(0), (0.52, 0.145), atol=0.03)
+
+
 def test_augmentation_applies_the_plan():
     image = torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8)
     plan = {"resize": [64, 48], "crop": [10, 5, 32, 16], "flip": True}
