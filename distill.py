@@ -123,7 +123,7 @@ class Recipe:
     seed: int = 0
 
 
-# by backbone; tiny is 30 times smaller than the published ones, and has 40 times fewer images
+# by backbone; tiny is 30 times smaller than the published ones, and has a fiftieth of the maps
 RECIPES = {"tiny": Recipe(epochs=8, lr=5e-4, schedule="cosine")}
 
 

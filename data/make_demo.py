@@ -71,6 +71,7 @@ def evenly(coloured):
 
 TRAINED_THINGS = [thing for thing in evenly({}) if thing not in HELD_OUT]
 PICTURED_THINGS = evenly(COLOURED_CLASSES)
+LAYOUTS = {"calm": (PICTURED_THINGS, CALM), "busy": (TRAINED_THINGS, BUSY)}  # what pictures show
 STREAMS = {"backbone": 0, "train": 1, "test": 2}
 
 
@@ -339,7 +340,7 @@ def picture_size(rng):
             return height, width
 
 
-def write_pictures(folder, seed, train, test):
+def write_pictures(folder, seed, train, test, layout="calm"):
     classes, ids = [], np.full(256, 255, np.uint8)
     for stuff in STUFF:
         ids[STUFF.index(stuff)] = len(classes)
@@ -363,11 +364,11 @@ def write_pictures(folder, seed, train, test):
     (folder / "classes.txt").write_text("".join(", ".join(names) + "\n" for names in classes))
     for index in tqdm(range(train), desc="train pictures"):
         rng = generator(seed, "train", index)
-        picture, _ = render_scene(rng, *picture_size(rng), PICTURED_THINGS, CALM)
+        picture, _ = render_scene(rng, *picture_size(rng), *LAYOUTS[layout])
         Image.fromarray(picture).save(folder / "train" / f"{index:03d}.jpg", quality=90)
     for index in tqdm(range(test), desc="test pictures"):
         rng = generator(seed, "test", index)
-        picture, labels = render_scene(rng, *picture_size(rng), PICTURED_THINGS, CALM)
+        picture, labels = render_scene(rng, *picture_size(rng), *LAYOUTS[layout])
         Image.fromarray(picture).save(folder / "test" / "images" / f"{index:03d}.jpg", quality=90)
         mask = Image.fromarray(ids[labels])
         mask.putpalette(palette)
@@ -388,9 +389,11 @@ def main():
                         help="unlabelled pictures for distillation (150)")
     parser.add_argument("--test", type=int, default=60,
                         help="labelled pictures for evaluation (60)")
+    parser.add_argument("--layout", choices=list(LAYOUTS), default="calm",
+                        help="the pictures: calm (the demo's), or busy, as tiny was trained on")
     args = parser.parse_args()
     if args.only != "backbone":
-        write_pictures(args.out, args.seed, args.train, args.test)
+        write_pictures(args.out, args.seed, args.train, args.test, args.layout)
     if args.only != "pictures":
         train_backbone(args.out / "tiny", args.seed, args.steps, args.scenes)
 
