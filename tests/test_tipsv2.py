@@ -15,6 +15,8 @@ import evaluate_ovs
 import extract_teacher
 import time_inference
 from common import RunFailed, embed_texts, load_backbone
+from data.export_onnx import export
+from test_export import needs_onnx
 from test_families import shaken
 from test_stages import run
 
@@ -293,3 +295,12 @@ def test_the_authors_protocol_from_the_command_line(micro, photos, tmp_path):
     run(evaluate_ovs, *flags, "--json", tmp_path / "single.json")
     text = (tmp_path / "single.json").read_text()
     assert json.loads(text)["results"][0]["short_side"] == 448
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_export_is_refused_in_one_line(tipsv2, tmp_path):
+    """transformers resamples positions to the one grid that it is traced at."""
+    with pytest.raises(RunFailed, match="cannot be exported: onnxruntime refuses 112 x 112"):
+        export(load_backbone(tipsv2), tmp_path / "out.onnx")
+    assert not list(tmp_path.iterdir())
