@@ -117,7 +117,7 @@ from common import (RunFailed, WrongCall, atomic_path, bilinear_strips, command_
                     speaks_flags, start_runtime, weights_hash, write_json)
 from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, nearest_labels,
                              own_pictures, picture_size, read_mask)
-from data.crops import crop_logits, random_crop
+from data.crops import logits_of, random_crop
 from data.drawing import save_maps
 from data.features import Features, keep_features, name_absent, open_folds
 from data.probes import (Knn, Training, bank, neighbours, read_head, save_head, segments_of,
@@ -253,17 +253,6 @@ class Prober:
             samples = map(sample, range(first + runtime.rank, last, runtime.world))
             return [each for each in samples if each[0] is not None and each[0].numel()]
         return prefetch(batch, range(start, training.steps), self.train.workers)
-
-
-def logits_of(head, features, indices, crop):
-    """(index, logits (h, w, K)) of pictures, by a linear head on whole pictures or on windows."""
-    if not crop:
-        for index, each in features.stream(indices):
-            yield index, head(each.float())
-        return
-    for index, image in zip(indices, prefetch(features.pixels, indices, features.workers)):
-        if image is not None:
-            yield index, crop_logits(head, features.encode, image, crop)
 
 
 def plain_labels(logits, size):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as colour
 
-from common import IGNORE, bilinear_strips
+from common import IGNORE, bilinear_strips, prefetch
 from data.benchmarks import nearest_labels
 
 
@@ -58,3 +58,14 @@ def crop_logits(head, encode, image, side):
         times[first:first + side] += 1
     logits = total / times
     return logits.transpose(0, 1) if upright else logits
+
+
+def logits_of(head, features, indices, crop):
+    """(index, logits (h, w, K)) of pictures, by a linear head on whole pictures or on windows."""
+    if not crop:
+        for index, each in features.stream(indices):
+            yield index, head(each.float())
+        return
+    for index, image in zip(indices, prefetch(features.pixels, indices, features.workers)):
+        if image is not None:
+            yield index, crop_logits(head, features.encode, image, crop)
