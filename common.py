@@ -1515,8 +1515,12 @@ def save_open_clip(model, config, folder, positions="size"):
 def weights_hash(backbone):
     """sha256 of the image tower's parameters, by which later stages know that they continue from
     the same weights."""
+    return parameters_hash(backbone.visual)
+
+
+def parameters_hash(module):
     digest = hashlib.sha256()
-    for parameter in backbone.visual.parameters():
+    for parameter in module.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()
 

@@ -1,11 +1,9 @@
 """AnyUp (Wimmer et al., 2025): its published network on class similarities, in tiles."""
-import hashlib
-
 import open_clip
 import torch
 import torch.nn.functional as F
 
-from common import RunFailed, first_line, hub_clone
+from common import RunFailed, first_line, hub_clone, parameters_hash
 
 
 class AnyUp(torch.nn.Module):
@@ -37,10 +35,7 @@ class AnyUp(torch.nn.Module):
             raise RunFailed(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
                             f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of its "
                             "releases into the clone and give `hub_dir` CLONE") from error
-        digest = hashlib.sha256()
-        for weights in self.model.parameters():
-            digest.update(weights.detach().cpu().numpy().tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = parameters_hash(self.model)
         self.block, self.model.cross_decode = self.model.cross_decode, Keep()
         self.model.rope = InParts(self.model.rope)
         for module in self.model.modules():

@@ -1,7 +1,6 @@
 """evaluate_probes.py: each probe against a naive version in float64 or a library's own, and the
 stage as users run it."""
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from data.probes import (Knn, Training, bank, nearest, patch_shares, pool, rare_
 from data.scores import match_segments, panoptic_scores
 from evaluate_ovs import Method
 from evaluate_probes import Plan, Prober
+from test_stages import command, finish
 
 CLASSES = "sky, grass | lawn, red ball, house"
 
@@ -410,22 +410,20 @@ def test_killed_runs_and_torchrun_give_the_same(micro, labelled, work):
     """Killed when there are so many files of its state, started again: the same to the last bit."""
     images, masks = labelled
     flags = ["--backbone", micro, "--images", images, "--masks", masks, "--classes", CLASSES,
-             "--steps", "4", "--inference", "sliding-window", "--stride", "24", "32"]
-    flags = [ROOT / "evaluate_probes.py", *map(str, flags), "--device", "cpu", "--json", "out.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+             "--steps", 4, "--inference", "sliding-window", "--stride", 24, 32, "--device", "cpu",
+             "--json", "out.json"]
 
     def results(*launcher):
-        subprocess.run([sys.executable, *launcher, *flags], check=True, capture_output=True,
-                       env=environment)
+        finish(command("evaluate_probes.py", *flags, launcher=launcher))
         return json.loads((work / "out.json").read_text())["results"]
     whole, kills = results(), []
     for count in (2, 5, 9, 14, 20, 26, 29):
-        process = subprocess.Popen([sys.executable, *flags], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=environment)
+        process = command("evaluate_probes.py", *flags)
         while process.poll() is None and len([*(work / "runs").rglob("*")]) < count:
             time.sleep(0.002)
         process.kill()
-        kills.append(process.wait())
+        process.communicate()
+        kills.append(process.returncode)
     assert kills.count(-signal.SIGKILL) > 3, kills
     assert results() == whole
     both = results("-m", "torch.distributed.run", "--nproc-per-node", "2")
