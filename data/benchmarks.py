@@ -1,13 +1,13 @@
-"""Labelled pictures: class names, the six benchmarks - where their files lie, what their label ids
-mean, the protocol that published numbers follow - and the reading and checking of any pictures with
-masks.
+"""Labelled images: class names, the six benchmarks, reading and checking images with masks.
 
-Folder layouts are those that the mmsegmentation data guide makes. Class names stand in
-data/classes/NAME.txt, one class a line in label order, synonyms behind commas; they are the names
-of the published evaluations, glued words included.
+The folder layouts are those of the mmsegmentation data guide. data/classes/NAME.txt has a class
+per line in label order, with synonyms separated by commas: the names of published evaluations,
+including words that are glued together there. Functions raise UsageError for a list of classes
+that cannot be used, and RunError for a file that cannot.
 """
-import collections
+import functools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,109 +17,102 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (BACKBONES, DEMO, IGNORE, RunFailed, WrongCall, list_images, prefetch,
-                    raise_unless_the_files_fault, read_image, read_json, resize_image)
+from common import BACKBONES, DEMO, IGNORE, prefetch
+from data.files import (RunError, UsageError, exif_turn, list_images, read_image, read_json,
+                        reading, resize_image)
 
 CLASS_FILES = Path(__file__).resolve().parent / "classes"
 
 
-# ---- class names ---------------------------------------------------------------------------------
+# ---- class names -----------------------------------------------------------------------------
 
 @dataclass
 class Classes:
-    """Class names in label order. names[k] lists class k's synonyms, the first of which is what it
-    is called.
+    """Class names in label order."""
+    names: list  # the synonyms of each class, of which the first is its title
+    background: bool = False  # class 0 is everything else, and thresholds send pixels to it
 
-    background: class 0 is everything else; its names stand for what that may be, and thresholds
-    send pixels to it.
-    """
-    names: list
-    background: bool = False
+    def __post_init__(self):
+        self.titles = [synonyms[0] for synonyms in self.names]
+        if self.background:
+            self.titles[0] = "background"
+        self.flat = [name for synonyms in self.names for name in synonyms]  # N strings
+        classes = [k for k, synonyms in enumerate(self.names) for _ in synonyms]
+        self.class_of_name = torch.tensor(classes)  # (N,) int64
 
     def __len__(self):
         return len(self.names)
 
-    @property
-    def titles(self):
-        titles = [synonyms[0] for synonyms in self.names]
-        return ["background", *titles[1:]] if self.background else titles
-
-    @property
-    def flat(self):
-        """Every name with its synonyms, in order: N strings."""
-        return [name for synonyms in self.names for name in synonyms]
-
-    @property
-    def owner(self):
-        """The class of each flat name: (N,) int64."""
-        return torch.tensor([k for k, synonyms in enumerate(self.names) for _ in synonyms])
-
 
 def read_classes(source, background=None):
-    """Classes from a file (one class a line, synonyms separated by commas) or from "cat, grass |
-    lawn, sky" itself.
+    """Read classes from a file, one per line, or from a text like "cat, grass | lawn, sky".
 
-    background: words for a class 0 before them ("wall, floor"); a first class called "background"
-    is one, too. Raises WrongCall for an empty list, an empty name, a repeated one, or more classes
-    than a label PNG can hold.
+    background: words for a class 0 before them ("wall, floor"). A first class called "background"
+    is one, too.
     """
-    source = str(source)
-    where = f"`classes` {source}"
-    if os.path.isfile(source):  # False also for a list of names that is too long for a path
-        try:
-            lines = Path(source).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        except UnicodeDecodeError:
-            raise WrongCall(f"{where} is no UTF-8 text; save it as such") from None
-        names = [line.split(",") for line in lines]
+    source, where = str(source), "classes"
+    if os.path.isfile(source):  # also False for a text that is too long for a path
+        where = f"classes {source}"
+        names = read_class_file(source)
     elif source.endswith((".txt", ".csv", ".json")) or os.sep in source or os.path.isdir(source):
-        raise WrongCall(f"{where}: no such file")
+        raise UsageError(f"classes {source}: no such file")
     else:
-        where = "`classes`"
         names = [entry.split("|") for entry in source.split(",")] if source.strip() else []
     if not names:
-        raise WrongCall(f"{where}: the list is empty; give one class a line, or \"cat, grass | "
-                        "lawn, sky\"")
+        raise UsageError(f"{where}: the list is empty; give one class per line, or a text like "
+                         "\"cat, grass | lawn, sky\"")
     if background is not None:
         names.insert(0, background.split(","))
     names = [[name.strip() for name in synonyms] for synonyms in names]
     if len(names) > IGNORE:
-        raise WrongCall(f"{where}: {len(names)} classes, but labels are one byte, and {IGNORE} is "
-                        f"ignored; at most {IGNORE} classes can be told apart")
-    check_names(names, where, background is not None)
+        raise UsageError(f"{where}: {len(names)} classes, but labels are one byte, of which "
+                         f"{IGNORE} is ignored; at most {IGNORE} classes can be told apart")
+    check_names(names, where, first=1 if background is None else 0)
     return Classes(names, background is not None or names[0][0].lower() == "background")
 
 
-def check_names(names, where, own_background):
-    """Raise WrongCall for a name that is empty or stands twice. own_background: class 0 is not of
-    `where`, so that its lines count from class 1 on."""
+def read_class_file(path):
+    """Return the synonyms of each class, not stripped."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError:
+        raise UsageError(f"classes {path} is not UTF-8 text; save it as UTF-8") from None
+    for line in lines:
+        if re.match(r'\s*([\[{"]|\d+\s*[:;,])', line):
+            raise UsageError(f"classes {path} looks like JSON, CSV or a numbered list "
+                             f"({line.strip()[:40]}); give plain names, one class per line")
+    return [line.split(",") for line in lines] if any(lines) else []
+
+
+def check_names(names, where, first):
+    """Raise UsageError for an empty or a repeated name. first: the number of the first class."""
     seen = {}
-    for line, synonyms in enumerate(names, 0 if own_background else 1):
-        if own_background and line and synonyms[0].lower() == "background":
-            raise WrongCall(f"{where}: a class called background, beside the one of `background`; "
-                            "leave one of them out")
+    for number, synonyms in enumerate(names, first):
+        place = f"{where}: class {number}" if number else "background"  # which precedes class 1
         for name in synonyms:
-            if not name and not line:
-                raise WrongCall("`background`: an empty name; give words like \"wall, floor\"")
             if not name:
-                raise WrongCall(f"{where}: class {line} has an empty name")
+                raise UsageError(f"{place}: an empty name")
             if name.lower() in seen:
-                raise WrongCall(f"{where}: '{name}' stands for class {seen[name.lower()]} and "
-                                f"again for class {line}; a name must be unique")
-            seen[name.lower()] = line
+                raise UsageError(f"{place}: '{name}' is a name of class {seen[name.lower()]}, "
+                                 "too; names must be unique")
+            seen[name.lower()] = number
+        if number and not first and synonyms[0].lower() == "background":
+            raise UsageError(f"{place} is called background, although background words are given")
 
 
-# ---- label ids: a file's 256 values -> class, IGNORE, or OUT_OF_RANGE ----------------------------
+# ---- benchmarks: label ids, layouts, protocol ------------------------------------------------
 
-OUT_OF_RANGE = -1
-# "Cityscapes labelIds": 34 ids, of which 19 are evaluated, in the order of their train ids
+OUT_OF_RANGE = -1  # of label ids that the data set does not have
+# Cityscapes has 34 label ids, of which 19 are evaluated; these are in the order of the train ids
 CITYSCAPES_TRAIN_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 
+@functools.cache
 def label_table(kind, count):
-    """What each value of a label file stands for, with `count` classes: (256,) int64.
+    """Return the class of each value of a mask file, with `count` classes: (256,) int64.
 
-    kind: "plain" is 0..count-1; "zero-ignored" is 1..count, and 0 counts nowhere; "cityscapes-ids"
-    are raw labelIds. 255 is ignored in all.
+    kind: "plain" is 0..count-1; "zero-ignored" is 1..count, with 0 ignored; "cityscapes-ids" are
+    the raw labelIds. 255 is always ignored.
     """
     table = np.full(256, OUT_OF_RANGE)
     table[IGNORE] = IGNORE
@@ -134,68 +127,50 @@ def label_table(kind, count):
     return table
 
 
-# ---- layouts -------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Layout:
-    """Where pictures and label files lie below --data-root; {} is a picture's name.
-
-    masks: patterns in order of preference, each with the kind of its label ids where it is not the
-    benchmark's own. listing: the file of the names, or None for all that match. count: of pictures,
-    where it is known. panoptic: the JSON of its true segments, the folder of their PNG files and
-    the kind of its category ids, or None.
-    """
+    """Where one part of a benchmark is below the data root; {} is the name of an image."""
     folder: str
     images: str
-    masks: tuple
-    listing: str | None
-    count: int | None
-    panoptic: tuple | None = None
+    masks: dict  # {pattern: kind of label ids, None for the usual one}, the preferred one first
+    listing: str | None  # the file with the names of the images; None for all that match
+    count: int | None  # number of images, if known
+    panoptic: tuple | None = None  # JSON of the true segments, PNG folder, kind of category ids
 
 
-def voc(part, count, *masks):
-    return Layout("VOCdevkit/VOC2012", "JPEGImages/{}.jpg",
-                  tuple((f"{folder}/{{}}.png", None) for folder in masks),
-                  f"ImageSets/Segmentation/{part}.txt", count)
+VOC = {
+    part: Layout("VOCdevkit/VOC2012", "JPEGImages/{}.jpg",
+                 {f"{folder}/{{}}.png": None for folder in folders},
+                 f"ImageSets/Segmentation/{part}.txt", count)
+    for part, count, *folders in (
+        ("val", 1449, "SegmentationClass"),
+        ("train", 1464, "SegmentationClass"),
+        # the training set with the labels of SBD (Hariharan et al.)
+        ("trainaug", 10582, "SegmentationClassAug", "SegmentationClass"))}
+CONTEXT = {
+    part: Layout("VOCdevkit/VOC2010", "JPEGImages/{}.jpg",
+                 {"SegmentationClassContext/{}.png": None},
+                 f"ImageSets/SegmentationContext/{part}.txt", count)
+    for part, count in (("val", 5104), ("train", None))}
+ADE = {
+    part: Layout("ADEChallengeData2016", f"images/{folder}/{{}}.jpg",
+                 {f"annotations/{folder}/{{}}.png": None}, None, count,
+                 (f"ade20k_panoptic_{part}.json", f"ade20k_panoptic_{part}", "plain"))
+    for part, folder, count in (("val", "validation", 2000), ("train", "training", 20210))}
+CITYSCAPES = {
+    part: Layout("cityscapes", f"leftImg8bit/{part}/{{}}_leftImg8bit.png",
+                 {f"gtFine/{part}/{{}}_gtFine_labelTrainIds.png": None,
+                  f"gtFine/{part}/{{}}_gtFine_labelIds.png": "cityscapes-ids"}, None, count,
+                 (f"gtFine/cityscapes_panoptic_{part}.json", f"gtFine/cityscapes_panoptic_{part}",
+                  "cityscapes-ids"))
+    for part, count in (("val", 500), ("train", 2975))}
 
-
-def context(part, count):
-    return Layout("VOCdevkit/VOC2010", "JPEGImages/{}.jpg",
-                  (("SegmentationClassContext/{}.png", None),),
-                  f"ImageSets/SegmentationContext/{part}.txt", count)
-
-
-def ade(part, short, count):
-    return Layout("ADEChallengeData2016", f"images/{part}/{{}}.jpg",
-                  ((f"annotations/{part}/{{}}.png", None),), None, count,
-                  (f"ade20k_panoptic_{short}.json", f"ade20k_panoptic_{short}", "plain"))
-
-
-def cityscapes(part, count):
-    return Layout("cityscapes", f"leftImg8bit/{part}/{{}}_leftImg8bit.png",
-                  ((f"gtFine/{part}/{{}}_gtFine_labelTrainIds.png", None),
-                   (f"gtFine/{part}/{{}}_gtFine_labelIds.png", "cityscapes-ids")), None, count,
-                  (f"gtFine/cityscapes_panoptic_{part}.json", f"gtFine/cityscapes_panoptic_{part}",
-                   "cityscapes-ids"))
-
-
-# by part; "trainaug" is VOC's training set with the labels of SBD (Hariharan et al.) added
-VOC = {"val": voc("val", 1449, "SegmentationClass"),
-       "train": voc("train", 1464, "SegmentationClass"),
-       "trainaug": voc("trainaug", 10582, "SegmentationClassAug", "SegmentationClass")}
-CONTEXT = {"val": context("val", 5104), "train": context("train", None)}
-ADE = {"val": ade("validation", "val", 2000), "train": ade("training", "train", 20210)}
-CITYSCAPES = {"val": cityscapes("val", 500), "train": cityscapes("train", 2975)}
-
-
-# ---- the protocol, data set by data set and backbone by backbone ---------------------------------
 
 @dataclass(frozen=True)
 class Size:
-    """What pictures are resized to before inference, aspect ratio kept: a short side (with a long
-    one of at most LONGEST pixels), the area of a square, or nothing."""
-    short_side: int | None = None
-    area: int | None = None  # side of that square
+    """What images are resized to before inference, keeping their aspect ratio, if anything."""
+    short_side: int | None = None  # with a long side of at most LONGEST pixels
+    area: int | None = None  # that of a square of this side
     LONGEST = 2048
 
     def __str__(self):
@@ -204,33 +179,28 @@ class Size:
         return f"short side {self.short_side}" if self.short_side else "own size"
 
     @property
-    def asked(self):
+    def requested(self):
         """The number that was asked for, or None."""
         return self.short_side or self.area
 
-    def scale(self, height, width):
-        """The factor, and whether the bound on the long side made it smaller."""
-        if self.area:
-            return self.area / (height * width) ** 0.5, False
-        if not self.short_side:
-            return 1.0, False
-        wanted, most = self.short_side / min(height, width), self.LONGEST / max(height, width)
-        return min(wanted, most), most < wanted
-
     def resize(self, image):
-        """(3, H, W) uint8 -> (3, H', W'), each side rounded to the nearest whole number."""
-        scale, _ = self.scale(*image.shape[-2:])
-        return resize_image(image, [max(1, int(side * scale + 0.5)) for side in image.shape[-2:]])
+        """Return an image with sides rounded to whole numbers: (3, H, W) uint8 -> (3, H', W')."""
+        height, width = image.shape[-2:]
+        scale = 1.0
+        if self.area:
+            scale = self.area / (height * width) ** 0.5
+        elif self.short_side:
+            scale = min(self.short_side / min(height, width), self.LONGEST / max(height, width))
+        return resize_image(image, [max(1, int(side * scale + 0.5)) for side in (height, width)])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How similarities become labels, beyond the largest one winning (protocol.md); needs a
-    background class 0.
+    """How similarities become labels where there is a background, beyond the largest one.
 
-    A pixel whose largest class probability - softmax over all names of logit_scale times similarity
-    - is under `threshold` becomes label 0; a foreground class that wins no more than the share
-    `area_threshold` of the foreground is left out first.
+    A pixel whose largest probability, the softmax over all names of logit_scale times similarity,
+    is below `threshold` becomes label 0. Before that, a foreground class is dropped that wins at
+    most the share `area_threshold` of the foreground.
     """
     logit_scale: float = 40.0
     threshold: float = 0.0
@@ -239,17 +209,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """layouts: by part. labels: kind of the label ids. short_side: of pictures before inference;
-    None keeps theirs.
-
-    rules: thresholds by backbone; "*" is for every other one.
-    """
-    layouts: dict
+    """A benchmark's files and protocol."""
+    layouts: dict  # by part
     classes: int
     background: bool
-    labels: str
-    short_side: int | None
-    rules: dict
+    labels: str  # the kind of its label ids
+    short_side: int | None  # of images before inference; None keeps their size
+    rules: dict  # by backbone; "*" is for all others
 
 
 BENCHMARKS = {
@@ -259,27 +225,32 @@ BENCHMARKS = {
     "voc20":      Benchmark(VOC,        20,     False, "zero-ignored", 672,  {"*": Rule(40)}),
     "cityscapes": Benchmark(CITYSCAPES, 19,     False, "plain",        None, {"*": Rule(40)}),
     "ade20k":     Benchmark(ADE,        150,    False, "zero-ignored", 672,  {"*": Rule(40)}),
-    "context60":  Benchmark(CONTEXT,    60,     True,  "plain",        672,  {"*": Rule(50, 0.1)}),
+    "context60":  Benchmark(CONTEXT,    60,     True,  "plain",        672,
+                            {"*": Rule(50, 0.1)}),
     "context59":  Benchmark(CONTEXT,    59,     False, "zero-ignored", 672,  {"*": Rule(40)}),
 }
 
 
 def benchmark_classes(name, source=None):
-    """The names of a benchmark's classes: its own, or those of another file of as many lines.
-    Raises WrongCall."""
-    benchmark = BENCHMARKS[name]
-    classes = read_classes(source or CLASS_FILES / f"{name}.txt")
-    if len(classes) != benchmark.classes:
-        raise WrongCall(f"`classes` {source} lists {len(classes)} classes, but {name} has "
-                        f"{benchmark.classes}; data/classes/{name}.txt shows their order")
+    """Return the classes of a benchmark, with its own names or those of a source."""
+    benchmark, own = BENCHMARKS[name], CLASS_FILES / f"{name}.txt"
+    classes = renamed_classes(source or own, benchmark.classes, name, own)
     return Classes(classes.names, benchmark.background)
 
 
+def renamed_classes(source, count, name, own):
+    """Return classes that must be as many as those in the file `own` of a data set."""
+    classes = read_classes(source)
+    if len(classes) != count:
+        raise UsageError(f"classes {source}: {len(classes)} classes, but {name} has {count}; "
+                         f"{own} shows their order")
+    return classes
+
+
 def benchmark_rule(name, backbone):
-    """The thresholds for a backbone, by its short name or the identifier behind it: Rule. Outside
-    the benchmarks there are none."""
+    """Return the rule for a backbone, given by its short name or by the id behind it."""
     if name not in BENCHMARKS:
-        return Rule()
+        return Rule()  # without thresholds
     rules = BENCHMARKS[name].rules
     for known, rule in rules.items():
         if BACKBONES.get(known, known) == BACKBONES.get(backbone, backbone):
@@ -287,268 +258,270 @@ def benchmark_rule(name, backbone):
     return rules["*"]
 
 
-# ---- data sets -----------------------------------------------------------------------------------
+# ---- data sets -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Dataset:
+    """Images, their masks if there are any, and what the masks mean."""
     name: str
     root: Path
     images: list  # paths relative to root
-    masks: list | None  # paths of their label masks, or None
+    masks: list | None  # paths of the masks
     tables: list | None  # label_table of each mask
     classes: Classes
     size: Size = Size()  # of the protocol
-    known: int | None = None  # how many pictures the data set should have
-    panoptic: dict | None = None  # (PNG file, {segment id: class}) by picture, without crowds
-    things: frozenset = frozenset()  # the classes whose segments are single objects
+    known: int | None = None  # number of images that the data set is known to have
+    panoptic: dict | None = None  # {image: (PNG file, {segment id: class})}, without crowds
+    things: frozenset = frozenset()  # classes whose segments are single objects
 
 
-def own_pictures(path, mask_root, classes, limit=None, name=None):
-    """A Dataset of a folder of pictures, or one; a mask is the PNG file of the same relative name.
-    Raises RunFailed."""
+def own_images(path, mask_root, classes, limit=None, name=None):
+    """Return a folder's images, or one image, as a Dataset.
+
+    A mask is the PNG file of the same relative name in mask_root, which may be None.
+    """
     root, images = Path(path), list_images(path)[:limit]
     root = root.parent if root.is_file() else root
     if mask_root is None:
         return Dataset(name or str(path), root, images, None, None, classes)
     masks = [Path(mask_root) / Path(image).with_suffix(".png") for image in images]
-    for mask, times in collections.Counter(masks).items():
-        if times > 1:
-            sharing = [image for image, other in zip(images, masks) if other == mask]
-            raise RunFailed(f"{mask} would be the mask of several pictures: {', '.join(sharing)}")
+    image_of = {}
+    for image, mask in zip(images, masks):
+        if image_of.setdefault(mask, image) != image:
+            raise RunError(f"{mask} would be the mask of several images: {image_of[mask]}, "
+                           f"{image}")
     tables = [label_table("plain", len(classes))] * len(masks)
     return Dataset(name or str(path), root, images, masks, tables, classes)
 
 
-def demo_pictures(source=None, limit=None):
-    """The demo's labelled test pictures, with other names for its classes if a source is given."""
-    classes = read_classes(DEMO / "classes.txt")
-    own = read_classes(source) if source else classes
-    if len(own) != len(classes):
-        raise WrongCall(f"`classes` {source} lists {len(own)} classes, but the demo has "
-                        f"{len(classes)}; name own pictures with --images")
-    return own_pictures(DEMO / "test" / "images", DEMO / "test" / "masks", own, limit, "demo")
+def demo_images(source=None, limit=None):
+    """Return the demo's labelled test images. source: other names for its classes."""
+    own, test = DEMO / "classes.txt", DEMO / "test"
+    classes = renamed_classes(source or own, len(read_classes(own)), "the demo", own)
+    return own_images(test / "images", test / "masks", classes, limit, "demo")
 
 
 def open_benchmark(name, data_root, source=None, limit=None, part="val", panoptic=False):
-    """A benchmark as a Dataset, its pictures in a fixed order. Raises RunFailed for missing files.
+    """Return a benchmark as a Dataset, with its images in a fixed order.
 
-    source: another class file for it. part: of its layouts. panoptic: with its true segments.
+    source: other names for its classes. part: a key of its layouts. panoptic: with true segments.
     """
-    benchmark, layout = BENCHMARKS[name], BENCHMARKS[name].layouts[part]
-    classes, root = benchmark_classes(name, source), Path(data_root) / layout.folder
-    images, masks, tables = [], [], []
-    by_kind = {kind: label_table(kind, benchmark.classes)
-               for kind in ("plain", "zero-ignored", "cityscapes-ids")}
-    names = picture_names(name, layout, root)[:limit]
-    for each in names:
-        candidates = [(root / pattern.format(each), kind or benchmark.labels)
-                      for pattern, kind in layout.masks]
-        mask, kind = next((pair for pair in candidates if pair[0].is_file()), candidates[-1])
-        images.append(layout.images.format(each))
-        masks.append(mask)
-        tables.append(by_kind[kind])
+    benchmark, classes = BENCHMARKS[name], benchmark_classes(name, source)
+    layout = benchmark.layouts[part]
+    root = Path(data_root) / layout.folder
+    names = image_names(name, layout, root)[:limit]
+    images = [layout.images.format(image_name) for image_name in names]
+    found = [find_mask(layout, root, image_name) for image_name in names]
+    tables = [label_table(kind or benchmark.labels, benchmark.classes) for _, kind in found]
     segments, things = None, frozenset()
     if panoptic and layout.panoptic:
-        known, things = read_panoptic(root, *layout.panoptic, benchmark.classes)
-        segments = {image: known.get(Path(each).name) for image, each in zip(images, names)}
-        for image, segment in segments.items():
-            if segment is None:
-                raise RunFailed(f"{root / layout.panoptic[0]} has no segments of {image}")
-    return Dataset(name, root, images, masks, tables, classes, Size(benchmark.short_side),
-                   layout.count, segments, things)
+        listing, folder, kind = layout.panoptic
+        table = label_table(kind, benchmark.classes)
+        segments_of, things = read_panoptic(root / listing, root / folder, table)
+        ids = [Path(image_name).name for image_name in names]
+        missing = [image for image, image_id in zip(images, ids) if image_id not in segments_of]
+        if missing:
+            raise RunError(f"{root / listing} has no segments of {missing[0]}")
+        segments = {image: segments_of[image_id] for image, image_id in zip(images, ids)}
+    return Dataset(name, root, images, [mask for mask, _ in found], tables, classes,
+                   Size(benchmark.short_side), layout.count, segments, things)
 
 
-def read_panoptic(root, listing, folder, kind, count):
-    """The true segments that a panoptic JSON (COCO's format) lists: ({image id: (PNG file, {segment
-    id: class})}, the classes of things). Crowds are left out. Raises RunFailed."""
-    report, table = read_json(root / listing, "the benchmark's own tool"), label_table(kind, count)
-    try:
-        classes = {each["id"]: int(table[each["id"]]) for each in report["categories"]}
-        things = {classes[each["id"]] for each in report["categories"] if each["isthing"]}
-        segments = {each["image_id"]: (root / folder / each["file_name"], {
-            segment["id"]: classes[segment["category_id"]] for segment in each["segments_info"]
-            if not segment.get("iscrowd")}) for each in report["annotations"]}
-    except (KeyError, TypeError, IndexError) as error:
-        raise RunFailed(f"{root / listing} is no panoptic JSON in COCO's format ({error!r})"
-                        ) from None
-    return segments, frozenset(things - {IGNORE, OUT_OF_RANGE})
-
-
-def picture_names(name, layout, root):
-    """The names that a layout lists below its root. Raises RunFailed."""
-    advice = (f"--data-root names the folder that holds {layout.folder.split('/')[0]}, laid out as "
+def image_names(name, layout, root):
+    """Return the names of a benchmark's images."""
+    advice = (f"--data-root is the folder that holds {layout.folder.split('/')[0]}, laid out as "
               "in the mmsegmentation data guide")
     if not root.is_dir():
-        raise RunFailed(f"--dataset {name}: {root} does not exist; {advice}")
+        raise RunError(f"dataset {name}: {root} does not exist; {advice}")
     if layout.listing is None:
         before, after = layout.images.split("{}")
         names = sorted(str(path.relative_to(root))[len(before):-len(after)]
                        for path in root.glob(layout.images.replace("{}", "**/*")))
-    elif (root / layout.listing).is_file():
-        names = [line.strip() for line in (root / layout.listing).read_text().splitlines()]
     else:
-        raise RunFailed(f"--dataset {name}: {root / layout.listing}, the list of its pictures, "
-                        f"does not exist; {advice}")
-    if not any(names):
-        raise RunFailed(f"--dataset {name}: {root / layout.images.replace('{}', '*')} matches no "
-                        f"picture; {advice}")
-    return [name for name in names if name]
+        with reading(root / layout.listing, advice):
+            lines = (root / layout.listing).read_text(encoding="utf-8-sig").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise RunError(f"dataset {name}: {root / layout.images.replace('{}', '*')} matches no "
+                       f"image; {advice}")
+    return names
 
 
-# ---- reading and checking ------------------------------------------------------------------------
+def find_mask(layout, root, image_name):
+    """Return the path of a mask, the first that is there, and the kind of its label ids."""
+    candidates = [(root / pattern.format(image_name), kind)
+                  for pattern, kind in layout.masks.items()]
+    return next((found for found in candidates if found[0].is_file()), candidates[-1])
 
-def picture_size(path):
-    """(H, W) as read_image will give it, from the file's header alone. Raises RunFailed."""
-    try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(0x0112) in range(5, 9)  # what swaps the sides
-            return picture.size if turned else picture.size[::-1]
-    except FileNotFoundError:
-        raise RunFailed(f"{path}: no such file") from None
-    except Exception as error:  # Pillow raises many types for damaged metadata
-        raise_unless_the_files_fault(error, path)
-        raise RunFailed(f"{path} cannot be read as a picture: {error}") from None
+
+def read_panoptic(path, folder, table):
+    """Read true segments without crowds from a panoptic JSON in COCO's format.
+
+    Returns {image id: (PNG file, {segment id: class})} and the classes that are things.
+    """
+    remedy = "make it with the benchmark's own tool, in COCO's panoptic format"
+    report = read_json(path, remedy)
+    segments = {}
+    with reading(path, remedy):
+        categories = report["categories"]
+        classes = {category["id"]: int(table[category["id"]]) for category in categories}
+        things = {classes[category["id"]] for category in categories if category["isthing"]}
+        for annotation in report["annotations"]:
+            segments[annotation["image_id"]] = folder / annotation["file_name"], {
+                segment["id"]: classes[segment["category_id"]]
+                for segment in annotation["segments_info"] if not segment.get("iscrowd")}
+    return segments, frozenset(things - {IGNORE, OUT_OF_RANGE})
+
+
+# ---- reading and checking --------------------------------------------------------------------
+
+def image_size(path):
+    """Return the (H, W) of the image that read_image would give, from the file's header."""
+    turns = Image.Transpose
+    with reading(path, "replace this image, or remove it"), Image.open(path) as image:
+        sideways = exif_turn(image) in (turns.ROTATE_90, turns.ROTATE_270, turns.TRANSPOSE,
+                                        turns.TRANSVERSE)
+        return image.size if sideways else image.size[::-1]
 
 
 def read_label_ids(path, size=None):
-    """A label file's values, (H, W) as stored, checked against its picture's size. Raises
-    RunFailed."""
-    try:
-        with Image.open(path) as picture:
-            ids = np.asarray(picture)
-    except Exception as error:
-        raise_unless_the_files_fault(error, path)
-        raise RunFailed(f"{path} cannot be read as a mask: {error}") from None
+    """Return the values of a mask file, (H, W). size: that of its image."""
+    with reading(path, "replace this mask"), Image.open(path) as image:
+        if image.format == "JPEG":
+            raise RunError(f"{path} is a JPEG, whose compression changes labels; masks are PNG")
+        # Pillow stretches grey levels of 2 and 4 bits to 0..255
+        stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if image.format == "PNG" else None
+        turn = exif_turn(image)
+        ids = np.asarray(image if turn is None else image.transpose(turn))
     if ids.ndim != 2:
-        raise RunFailed(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")
+        raise RunError(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")
     if ids.dtype.kind not in "bui":
-        raise RunFailed(f"{path} holds {ids.dtype} values; a mask holds whole numbers")
-    ids = ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
+        raise RunError(f"{path} holds {ids.dtype} values; a mask holds whole numbers")
     if size is not None and ids.shape != tuple(size):
-        raise RunFailed(f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but "
-                        f"its picture {size[0]} x {size[1]}")
-    return ids
+        raise RunError(f"{path} is {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but "
+                       f"its image is {size[0]} x {size[1]}")
+    ids = ids.astype(np.uint8) if ids.dtype.kind == "b" else ids
+    return ids // stretch if stretch else ids
 
 
 def to_classes(ids, table, path):
-    """Label ids as classes, by their label_table: (H, W) int64. Raises RunFailed for ids that the
-    data set does not have."""
+    """Map label ids to classes with their label_table: (H, W) -> (H, W) int64."""
     wrong = [int(value) for value in np.unique(ids)
              if not 0 <= value < 256 or table[value] == OUT_OF_RANGE]
     if wrong:
         allowed = [value for value in range(IGNORE) if table[value] != OUT_OF_RANGE]
         count = len(set(table) - {OUT_OF_RANGE, IGNORE})
-        raise RunFailed(f"{path} holds labels {', '.join(map(str, wrong[:5]))}; with {count} "
-                        f"classes they go from {allowed[0]} to {allowed[-1]}, and {IGNORE} is "
-                        "ignored")
+        raise RunError(f"{path} holds labels {', '.join(map(str, wrong[:5]))}; with {count} "
+                       f"classes they go from {allowed[0]} to {allowed[-1]}, and {IGNORE} is "
+                       "ignored")
     return torch.from_numpy(table[ids])
 
 
 def read_labels(path, size, table):
-    """A mask as classes, (H, W) int64. Raises RunFailed."""
+    """Read a mask as classes: (H, W) int64."""
     return to_classes(read_label_ids(path, size), table, path)
 
 
+def read_mask(dataset, index, size=None):
+    """Read the mask of an image of this size as classes: (H, W) int64."""
+    return read_labels(dataset.masks[index], size, dataset.tables[index])
+
+
 def load_sample(dataset, index):
-    """(picture (3, H, W) uint8 or None, mask (H, W) int64 or None, what is wrong with the picture
-    or None)."""
+    """Return an image (3, H, W) uint8, its mask (H, W) int64, and what is wrong with the image;
+    None for what there is not."""
     try:
         image = read_image(dataset.root / dataset.images[index])
-    except RunFailed as error:
+    except RunError as error:
         return None, None, str(error)
     if dataset.masks is None:
         return image, None, None
     return image, read_mask(dataset, index, image.shape[-2:]), None
 
 
-def read_mask(dataset, index, size=None):
-    """A picture's mask as classes, (H, W) int64, checked against its size. Raises RunFailed."""
-    return read_labels(dataset.masks[index], size, dataset.tables[index])
-
-
 def nearest_labels(labels, size):
-    """(H, W) int64 -> (*size), by the nearest pixel."""
+    """Resize labels by the nearest pixel: (H, W) int64 -> (*size)."""
     resized = F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")
     return resized[0, 0].long()
 
 
 def true_segments(dataset, index, labels):
-    """The segments of a picture with labels (H, W): (each pixel's segment, -1 for none, (H, W); the
-    class of each segment (S,)), int64. Raises RunFailed.
-
-    Where a data set tells no objects apart, all pixels of one class are one segment.
-    """
+    """Return the segment of each pixel (H, W), -1 for none, and the class of each segment (S,).
+    Without a panoptic truth, all pixels of one class in the labels (H, W) are a segment."""
     if dataset.panoptic is None:
-        ids, by_id = labels, {k: k for k in range(len(dataset.classes))}
+        ids, class_of_id = labels, {k: k for k in range(len(dataset.classes))}
     else:
-        path, by_id = dataset.panoptic[dataset.images[index]]
-        colours = read_image(path).long()  # an id is R + 256 G + 256^2 B
-        ids = colours[0] + 256 * colours[1] + 65536 * colours[2]
+        path, class_of_id = dataset.panoptic[dataset.images[index]]
+        colours = read_image(path).long()
+        ids = colours[0] + 256 * colours[1] + 256 ** 2 * colours[2]
         if ids.shape != labels.shape:
-            raise RunFailed(f"{path} has another size than the mask of its picture")
+            raise RunError(f"{path} has another size than the mask of its image")
     present, segments = ids.unique(return_inverse=True)
-    owners = torch.tensor([by_id.get(each, IGNORE) for each in present.tolist()])
-    known = (owners != IGNORE) & (owners != OUT_OF_RANGE)
+    classes = torch.tensor([class_of_id.get(value, IGNORE) for value in present.tolist()])
+    known = (classes != IGNORE) & (classes != OUT_OF_RANGE)
     number = torch.where(known, known.cumsum(0) - 1, -1)
-    return number[segments], owners[known]
+    return number[segments], classes[known]
 
 
 def inspect(dataset, index, decode):
-    """(what is wrong with the picture, what is wrong with its mask, the mask's pixels by label id
-    (256,)); decode reads the whole picture."""
-    path, size, bad_picture, bad_mask = dataset.root / dataset.images[index], None, None, None
+    """Check an image and its mask. decode: read the whole image, not only its header.
+
+    Returns what is wrong with the image and with the mask (None for nothing), and how many of the
+    mask's pixels have each label id (256,).
+    """
+    path = dataset.root / dataset.images[index]
+    size = bad_image = bad_mask = None
     pixels = np.zeros(256, np.int64)
     try:
-        size = read_image(path).shape[-2:] if decode else picture_size(path)
-    except RunFailed as error:
-        bad_picture = str(error)
+        size = read_image(path).shape[-2:] if decode else image_size(path)
+    except RunError as error:
+        bad_image = str(error)
     if dataset.masks is not None:
         mask = dataset.masks[index]
         try:
             if not mask.is_file():
-                raise RunFailed(f"{path} has no mask: {mask} does not exist")
+                raise RunError(f"{path} has no mask: {mask} does not exist")
             ids = read_label_ids(mask, size)
             pixels += np.bincount(ids[(ids >= 0) & (ids < 256)], minlength=256)
             to_classes(ids, dataset.tables[index], mask)
-        except RunFailed as error:
+        except RunError as error:
             bad_mask = str(error)
-    return bad_picture, bad_mask, pixels
+    return bad_image, bad_mask, pixels
 
 
 def check_masks(dataset, runtime, workers):
-    """Stop at a bad mask now, and not after hours. An unreadable picture is met, and left out, in
-    the run itself. Returns which label ids each mask holds, (masks, 256) bool."""
+    """Raise RunError for a bad mask before the run, which skips bad images itself.
+
+    Returns which label ids each mask holds: (masks, 256) bool.
+    """
     if dataset.masks is None:
         return None
     present = torch.zeros(len(dataset.masks), 256)
     mine = range(runtime.rank, len(dataset.masks), runtime.world)
     inspections = prefetch(lambda k: inspect(dataset, k, decode=False), mine, workers)
-    with tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask",
-              leave=False, disable=runtime.rank > 0) as progress:
-        for k, (_, problem, pixels) in zip(mine, progress):
-            if problem:
-                raise RunFailed(f"{problem} (--check-data lists all such files)")
-            present[k] = torch.from_numpy(pixels > 0)
-    return runtime.add_up(present.to(runtime.device)).cpu() > 0
+    progress = tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask",
+                    leave=False, disable=runtime.rank > 0)
+    for k, (_, problem, pixels) in zip(mine, progress):
+        if problem:
+            raise RunError(f"{problem} (--check-data lists all such files)")
+        present[k] = torch.from_numpy(pixels > 0)
+    return runtime.sum(present.to(runtime.device)).cpu() > 0
 
 
 def check_data(dataset, workers, whole=True):
-    """--check-data: print what is there, what is wrong, and how often each label id occurs. Returns
-    the number of problems. whole: every picture that the data set is known to have should be there.
-    """
-    problems = []
+    """Print what is there, what is wrong, and how often label ids occur. Return the number of
+    problems. whole: all images that the data set is known to have should be there."""
+    problems, count = [], len(dataset.images)
     pixels, files = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    if whole and dataset.known and len(dataset.images) != dataset.known:
-        problems.append(f"{len(dataset.images)} pictures, but {dataset.name} is known to have "
-                        f"{dataset.known}")
-    everything = range(len(dataset.images))
-    inspections = prefetch(lambda k: inspect(dataset, k, decode=True), everything, workers)
-    for *bad, counts in tqdm(inspections, total=len(everything), desc=dataset.name, unit="picture"):
+    if whole and dataset.known and count != dataset.known:
+        problems.append(f"{count} images, but {dataset.name} is known to have {dataset.known}")
+    inspections = prefetch(lambda k: inspect(dataset, k, decode=True), range(count), workers)
+    for *bad, counts in tqdm(inspections, total=count, desc=dataset.name, unit="image"):
         problems += filter(None, bad)
         pixels += counts
         files += counts > 0
     known = f" of the known {dataset.known}" if dataset.known else ""
-    print(f"\n{dataset.name}: {len(dataset.images)}{known} pictures in {dataset.root}, "
+    print(f"\n{dataset.name}: {count}{known} images in {dataset.root}, "
           f"{len(dataset.classes)} classes ({len(dataset.classes.flat)} names)")
     if dataset.masks is not None:
         print_label_ids(dataset, pixels, files)
@@ -559,17 +532,17 @@ def check_data(dataset, workers, whole=True):
 
 
 def print_label_ids(dataset, pixels, files):
-    """pixels, files: of each label id in all masks, and how many masks hold it, (256,)."""
+    """Print a line per label id. pixels, files: how many pixels and masks have it, (256,)."""
     titles = dataset.classes.titles
     meaning = {IGNORE: "ignored", OUT_OF_RANGE: "OUT OF RANGE"} | dict(enumerate(titles))
-    tables = {tuple(table): table for table in dataset.tables}.values()  # masks may be of two kinds
+    tables = {tuple(table): table for table in dataset.tables}.values()  # masks of two kinds
     present = set()
-    print(f"{'label id':>8}  {'pictures':>8}  {'pixels':>7}  class")
+    print(f"{'label id':>8}  {'images':>8}  {'pixels':>7}  class")
     for value in np.flatnonzero(pixels):
-        kinds = sorted({int(table[value]) for table in tables})
-        present.update(kinds)
+        classes = sorted({int(table[value]) for table in tables})
+        present.update(classes)
         print(f"{value:>8}  {files[value]:>8}  {pixels[value] / pixels.sum():>7.2%}  "
-              f"{' or '.join(meaning[kind] for kind in kinds)}")
+              f"{' or '.join(meaning[k] for k in classes)}")
     absent = [title for k, title in enumerate(titles) if k not in present]
     if absent:
         print(f"in no mask: {', '.join(absent)}")

@@ -1,61 +1,153 @@
-"""Dense features, positions and text embeddings against open_clip's own modules; students in plain
-open_clip."""
+"""The paper's backbones against the modules of the libraries that they come from; text, students,
+segmentation. Needs no extras/."""
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unittest.mock
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from common import (RunFailed, WrongCall, dense_features, embed_texts, load_backbone,
+from common import (DINOV3, DinoTxt, dense_features, embed_texts, load_backbone,
                     resize_positions, segment)
+from data.files import RunError, UsageError
+from conftest import MICRO, ROOT
 from time_inference import count_flops
 
 
-@pytest.fixture(scope="module")
-def vit_b16():
-    return load_backbone("openclip", random_init=True)
+def shaken(backbone):
+    """Random initialisation leaves biases and class tokens near zero; larger values make mistakes
+    visible. (open_clip leaves the last projection of a CoCa's decoder uninitialised: NaN at times.)
+    """
+    torch.manual_seed(1)
+    for parameter in backbone.parameters():
+        parameter.data.nan_to_num_(0, 0, 0).clamp_(-9, 9).add_(0.02 * torch.randn_like(parameter))
+    return backbone
 
 
-def maskclip(visual, images, positions):
-    """Independent: open_clip's own blocks, the last one with an attention mask that lets each token
-    see itself alone."""
-    tokens = visual.conv1(images).flatten(2).transpose(1, 2)
-    tokens = torch.cat([visual.class_embedding.expand(len(images), 1, -1), tokens], 1) + positions
-    tokens = visual.ln_pre(tokens)
-    *blocks, last = visual.transformer.resblocks
-    for block in blocks:
-        tokens = block(tokens)
-    alone = torch.full((tokens.shape[1],) * 2, float("-inf")).fill_diagonal_(0)
-    return (visual.ln_post(last(tokens, attn_mask=alone)) @ visual.proj)[:, 1:]
+# SigLIP's images are squashed to a square, not cropped, when plain open_clip embeds them
+PREPROCESSING = {"resize_mode": "squash", "interpolation": "bilinear"}
+
+
+def write_folder(folder, vision, **config):
+    """Write an open_clip folder with random weights. vision overrides MICRO's tower, or replaces
+    it by a timm one."""
+    tower = vision if "timm_model_name" in vision else MICRO["model_cfg"]["vision_cfg"] | vision
+    config = {"model_cfg": MICRO["model_cfg"] | {"vision_cfg": tower} | config,
+              "preprocess_cfg": MICRO["preprocess_cfg"] | PREPROCESSING}
+    folder.mkdir(exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = shaken(open_clip.create_model(f"local-dir:{folder}", load_weights=False,
+                                          pretrained_text=False))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def bicubic(table, grid, new_grid):
+    image = table.T.reshape(1, -1, *grid)
+    return F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False,
+                         antialias=False).flatten(2)[0].T
+
+
+# ---- image towers ---------------------------------------------------------------------------
+
+NATIVE = {
+    "clipa": {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
+    "avg": {"pool_type": "avg"},
+    "coca": {"attentional_pool": True, "attn_pooler_heads": 2},
+    "class token": {},
+    "rectangle": {"image_size": [48, 96]},
+    "patch 14": {"patch_size": 14, "image_size": 56},
+    "layer scale": {"ls_init_value": 0.1},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", NATIVE)
+def test_native_towers_equal_open_clips_modules(case, tmp_path):
+    backbone = load_backbone(write_folder(tmp_path, NATIVE[case]))
+    native = tuple(side // backbone.patch for side in backbone.window)
+    for grid in (native, (5, 9), (2, 1), (1, 1)):
+        images = torch.randn(2, 3, *(backbone.patch * side for side in grid))
+        visual = copy.deepcopy(backbone.visual)
+        table = visual.positional_embedding
+        visual.positional_embedding = nn.Parameter(torch.cat(
+            [table[:1], bicubic(table[1:], visual.grid_size, grid)]))
+        *blocks, last = visual.transformer.resblocks
+        tokens = visual._embeds(images)
+        for block in blocks:
+            tokens = block(tokens)
+        by_class_token = visual.attn_pool is None and visual.pool_type == "tok"
+        alone = torch.full((tokens.shape[1],) * 2, float("-inf")).fill_diagonal_(0)
+        tokens = last(tokens, attn_mask=alone if by_class_token else None)
+        patches = tokens[:, 1:].flatten(0, 1)[:, None]
+        if visual.pool_type == "avg":
+            patches = torch.cat([tokens[:, :1].repeat_interleave(grid[0] * grid[1], 0), patches], 1)
+        # each patch pooled as if it were the only one
+        expected = (visual._pool(patches)[0] @ visual.proj).unflatten(0, (2, -1))
+        assert torch.allclose(backbone.encode_dense(images).flatten(1, 2), expected,
+                              atol=2e-5 * expected.abs().max())
+
+
+def timm_reference(visual, images, grid):
+    """timm's own forward pass at the size of the images, with each patch then pooled as if it were
+    the only one: (B, n, D)."""
+    visual = copy.deepcopy(visual)
+    trunk, prefix = visual.trunk, visual.trunk.num_prefix_tokens
+    if hasattr(trunk, "patch_embed"):  # NaFlex towers take any size as they are
+        table, native = trunk.pos_embed, trunk.patch_embed.grid_size
+        visual.set_input_size(tuple(images.shape[-2:]))
+        if table is not None:
+            own = 0 if trunk.no_embed_class else prefix
+            trunk.pos_embed = nn.Parameter(torch.cat(
+                [table[:, :own], bicubic(table[0, own:], native, grid)[None]], 1))
+    if trunk.global_pool == "token":
+        count = prefix + grid[0] * grid[1]
+        alone = torch.full((count, count), float("-inf")).fill_diagonal_(0)
+        trunk.blocks[-1].register_forward_pre_hook(
+            lambda block, args, kwargs: (args, {**kwargs, "attn_mask": alone}), with_kwargs=True)
+    tokens = trunk.forward_features(images)
+    patches = tokens[:, prefix:].flatten(0, 1)[:, None]
+    if trunk.global_pool == "avg" and prefix:
+        patches = torch.cat([tokens[:, :prefix].repeat_interleave(grid[0] * grid[1], 0), patches],
+                            1)
+    return visual.head(trunk.forward_head(patches)).unflatten(0, (len(images), -1))
+
+
+def assert_equals_timm(backbone):
+    """Compare the first blocks' features with timm's at the native grid and at others."""
+    shaken(backbone)
+    del backbone.blocks[4:]
+    native = tuple(side // backbone.patch for side in backbone.window or (128, 128))
+    for grid in (native, (5, 9), (3, 2), (1, 1)):
+        images = torch.randn(1, 3, *(backbone.patch * side for side in grid))
+        features = backbone.encode_dense(images)
+        assert features.shape == (1, *grid, backbone.dim)
+        expected = timm_reference(backbone.visual, images, grid)
+        assert torch.allclose(features.flatten(1, 2), expected, atol=2e-5 * expected.abs().max())
 
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("which", ["backbone", "vit_b16"])
-@pytest.mark.parametrize("scale", [(1, 1), (0.75, 1.5), (2, 0.5)])
-def test_dense_features_equal_open_clips_modules(which, scale, request):
-    backbone = request.getfixturevalue(which)
-    visual = backbone.visual
-    grid = [max(1, int(s * side / 16)) for s, side in zip(scale, backbone.window)]
-    images = torch.randn(2, 3, 16 * grid[0], 16 * grid[1])
-    table = visual.positional_embedding
-    patches = F.interpolate(table[1:].T.reshape(1, -1, *visual.grid_size), size=grid,
-                            mode="bicubic", align_corners=False, antialias=False)
-    positions = torch.cat([table[:1], patches.flatten(2)[0].T])
-    features = backbone.encode_dense(images)
-    assert features.shape == (2, *grid, backbone.dim)
-    assert torch.allclose(features.flatten(1, 2), maskclip(visual, images, positions), atol=2e-5)
+@pytest.mark.parametrize("name", [
+    "siglip2", "ViT-B-16-SigLIP-384", "ViT-B-32-SigLIP2-256", "MobileCLIP2-B",
+    "vit_medium_patch16_gap_256", "ViTamin-S"])
+def test_timm_towers_equal_timms_modules(name):
+    assert_equals_timm(load_backbone(name, random_init=True))
 
 
-@torch.no_grad()
-def test_at_the_native_size_tokens_are_open_clips_own(backbone):
-    visual, images = backbone.visual, torch.randn(2, 3, 64, 64)
-    ours = backbone.run_blocks(backbone.embed(images), (4, 4), stop=len(backbone.blocks) - 1)
-    theirs = visual.forward_intermediates(images, indices=[1], output_fmt="NLC",
-                                          output_extra_tokens=True)
-    assert torch.allclose(ours[:, 1:], theirs["image_intermediates"][0], atol=2e-6)
-    assert torch.allclose(ours[:, :1], theirs["image_intermediates_prefix"][0], atol=2e-6)
-
+# ---- the small backbone ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("grid", [(4, 9), (12, 3), (7, 13), (1, 1), (9, 4), (2, 18)])
 def test_positions_are_interpolated_by_size(grid):
@@ -64,21 +156,6 @@ def test_positions_are_interpolated_by_size(grid):
                              align_corners=False, antialias=False)[0].flatten(1).T
     assert torch.equal(resize_positions(table, (6, 6), grid), expected)
     assert resize_positions(table, (6, 6), (6, 6)) is table
-
-
-def test_frozen_blocks_can_be_continued(backbone):
-    tokens, grid = backbone.embed(torch.randn(1, 3, 96, 48)), (6, 3)
-    whole = backbone.run_blocks(tokens, grid)
-    assert torch.equal(
-        whole, backbone.run_blocks(backbone.run_blocks(tokens, grid, stop=1), grid, start=1))
-
-
-def test_text_embeddings_equal_open_clips(micro, backbone):
-    names = ["cat", "a longer name with more words", "sky"]
-    theirs = open_clip.build_zero_shot_classifier(
-        backbone.model, open_clip.get_tokenizer(micro), names,
-        open_clip.OPENAI_IMAGENET_TEMPLATES)
-    assert torch.allclose(embed_texts(backbone, names), theirs.T, atol=1e-6)
 
 
 def test_flops_are_those_of_the_matrix_products(backbone):
@@ -92,44 +169,266 @@ def test_flops_are_those_of_the_matrix_products(backbone):
     assert all(not parameter.is_meta for parameter in backbone.parameters())
 
 
-@pytest.mark.parametrize("size", [(64, 64), (50, 130), (5, 7), (333, 90)])
-def test_any_size_can_be_segmented(backbone, size):
+@pytest.mark.parametrize("size", [(64, 96), (50, 130), (5, 7), (333, 90)])
+def test_segment_gives_the_best_name_at_any_size(backbone, size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     features = dense_features(backbone, image)
     assert features.shape == (*(max(1, int(side / 16 + 0.5)) for side in size), backbone.dim)
-    labels = segment(backbone, to_pil_image(image), ["cat", "sky"])
-    assert labels.shape == size and set(labels.unique().tolist()) <= {0, 1}
-
-
-def test_segment_is_the_best_name(backbone):
-    image = to_pil_image(torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8))
-    labels = segment(backbone, image, ["cat", ["grass", "lawn"], "sky"])
-    features = F.normalize(dense_features(backbone, image), dim=-1)
-    similarities = (
-        features @ embed_texts(backbone, ["cat", "grass", "lawn", "sky"]).T
-    ).permute(2, 0, 1)[None]
-    pixels = F.interpolate(similarities, size=(64, 96), mode="bilinear")[0]
+    texts = embed_texts(backbone, ["cat", "grass", "lawn", "sky"])
+    similarities = (F.normalize(features, dim=-1) @ texts.T).permute(2, 0, 1)[None]
+    pixels = F.interpolate(similarities, size=size, mode="bilinear")[0]
     expected = torch.stack([pixels[0], pixels[1:3].amax(0), pixels[3]]).argmax(0)
-    assert torch.equal(labels, expected)
+    labels = segment(backbone, to_pil_image(image), ["cat", ["grass", "lawn"], "sky"])
+    assert labels.shape == size and (labels == expected).float().mean() > 0.999
+
+
+# ---- text, students, loading ----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """A folder like SigLIP2's: a timm tower pooled by attention (with a register token), a text
+    tower with a tokenizer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("siglip")
+    words = ["<pad>", "<eos>", "<unk>", "cat", "dog", "a", "photo", "of", "the"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)},
+                                           unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>",
+                                                             special_tokens=[("<eos>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="right").save_pretrained(folder)
+    text = {"context_length": 12, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1,
+            "hf_tokenizer_name": "nobody/nothing", "pool_type": "last",
+            "tokenizer_kwargs": {"clean": "canonicalize"}, "no_causal_mask": True,
+            "proj_bias": True}
+    tower = {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map",
+             "timm_proj": "none"}
+    return write_folder(folder, tower, embed_dim=96, text_cfg=text, custom_text=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokenizer", ["open_clip's", "its own"])
+def test_text_embeddings_equal_open_clips(tokenizer, micro, siglip):
+    source = {"open_clip's": micro, "its own": siglip}[tokenizer]
+    backbone, lean = load_backbone(source, text=True), load_backbone(source)
+    images = torch.randn(1, 3, 96, 160)
+    assert lean.model is None and len([*lean.parameters()]) < len([*backbone.parameters()])
+    assert torch.equal(lean.encode_dense(images), backbone.encode_dense(images))
+    names = ["cat", "a photo of the dog"]
+    theirs = open_clip.build_zero_shot_classifier(
+        backbone.model, open_clip.get_tokenizer(source), names,
+        open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert torch.allclose(embed_texts(backbone, names), theirs.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("file, change, is_fine", [
+    ("tokenizer_config.json", {"eos_token": None}, True),  # as CLIPA's, which is BERT's
+    ("tokenizer_config.json", {"padding_side": "left"}, False),
+    ("tokenizer.json", {"post_processor": None}, False),  # ends no text
+])
+def test_tokenizers_that_would_feed_garbage_are_refused(file, change, is_fine, siglip, tmp_path):
+    folder = shutil.copytree(siglip.removeprefix("local-dir:"), tmp_path / "model")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    backbone = load_backbone(folder, text=True)
+    if is_fine:
+        assert embed_texts(backbone, ["cat"]).shape == (1, 96)
+    else:
+        with pytest.raises(RunError, match="tokenizer"):
+            embed_texts(backbone, ["cat"])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["native", "timm"])
+def test_student_folder_is_plain_open_clip(tower, micro, siglip, tmp_path):
+    """A student that was loaded without text, in a process that does not know this repository:
+    equal image and text features, and the same preprocessing."""
+    source = {"native": micro, "timm": siglip}[tower]
+    student = shaken(load_backbone(source))
+    student.save(tmp_path / "student")
+    saved = json.loads((tmp_path / "student" / "open_clip_config.json").read_text())
+    expected = MICRO["preprocess_cfg"] | (PREPROCESSING if tower == "timm" else {})
+    assert expected.items() <= saved["preprocess_cfg"].items()
+    images = torch.randn(2, 3, *student.window)
+    torch.save(images, tmp_path / "images.pt")
+    script = """
+import torch, open_clip
+model = open_clip.create_model('local-dir:student')
+model.eval()
+tokens = open_clip.get_tokenizer('local-dir:student')(['a cat'])
+with torch.no_grad():
+    out = model.encode_image(torch.load('images.pt')), model.encode_text(tokens)
+torch.save(out, 'out.pt')
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    image_features, text_features = torch.load(tmp_path / "out.pt")
+    teacher = load_backbone(source, text=True)
+    teacher.visual.load_state_dict(student.visual.state_dict())
+    assert torch.equal(image_features, teacher.model.encode_image(images))
+    assert torch.equal(
+        text_features, teacher.model.encode_text(open_clip.get_tokenizer(source)(["a cat"])))
+    again = load_backbone(tmp_path / "student", text=True)
+    assert torch.equal(again.encode_dense(images), student.encode_dense(images))
+    assert torch.equal(embed_texts(again, ["cat"]), embed_texts(teacher, ["cat"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["coca", "hugging face"])
+def test_students_with_other_text_towers_come_back(name, tmp_path):
+    """A CoCa, whose text tower is followed by a decoder, and a model whose text tower is one of
+    transformers: loaded without text, trained, saved and loaded by open_clip."""
+    if name == "coca":
+        decoder = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        source = write_folder(
+            tmp_path / "coca", NATIVE["coca"] | {"output_tokens": True}, custom_text=True,
+            text_cfg=decoder | {"embed_cls": True, "output_tokens": True}, multimodal_cfg=decoder)
+    else:
+        from transformers import BertConfig
+        BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                   intermediate_size=32).save_pretrained(tmp_path / "bert")
+        source = write_folder(tmp_path / "hugging", {}, text_cfg={
+            "hf_model_name": str(tmp_path / "bert"), "hf_pooler_type": "mean_pooler",
+            "hf_proj_type": "mlp"})
+    student = shaken(load_backbone(source))
+    student.save(tmp_path / "student")
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'student'}").eval()
+    saved, before = model.state_dict(), open_clip.create_model(source).eval()
+    for key, value in before.state_dict().items():
+        image_key = key.removeprefix("visual.")
+        expected = value if image_key == key else student.visual.state_dict()[image_key]
+        assert torch.equal(saved[key], expected), key
+    images, tokens = torch.randn(2, 3, 64, 64), torch.randint(1, 60, (2, 24))
+    assert torch.equal(model.encode_text(tokens), before.encode_text(tokens))
+    assert not torch.equal(model.encode_image(images), before.encode_image(images))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_quick_gelu_follows_the_tag_and_goes_with_the_student(tmp_path, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-S-32-alt",
+                        {"quick": {"url": "", "quick_gelu": True}, "plain": {"url": ""}})
+    for tag, activation in (("quick", "QuickGELU"), ("plain", "GELU")):
+        backbone = load_backbone(f"ViT-S-32-alt/{tag}", random_init=True)
+        assert type(backbone.blocks[0].mlp.gelu).__name__ == activation
+        backbone.save(tmp_path / tag)
+        model = open_clip.create_model(f"local-dir:{tmp_path / tag}")
+        assert type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ == activation
+
+
+def test_random_init_of_a_hub_model_fetches_its_configuration_alone(tmp_path, monkeypatch):
+    fetched = []
+
+    def download(repository, filename=None, **_):
+        fetched.append((repository, filename))
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(MICRO))
+        return str(tmp_path / "open_clip_config.json")
+    for module in (open_clip.pretrained, open_clip.factory):
+        monkeypatch.setattr(module, "download_pretrained_from_hf", download)
+    assert load_backbone("hf-hub:nobody/micro", random_init=True).dim == 24
+    assert fetched == [("nobody/micro", "open_clip_config.json")]
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("401 Client Error. Cannot access gated repo for url"), "accept its licence"),
+    (OSError(28, "No space left on device"), "No space left")])
+def test_failed_downloads_end_in_one_line(error, reason, monkeypatch):
+    monkeypatch.setattr("open_clip.download_pretrained", unittest.mock.Mock(side_effect=error))
+    with pytest.raises(RunError, match=reason) as caught:
+        load_backbone("siglip2")
+    assert "\n" not in str(caught.value) and "local-dir:FOLDER" in str(caught.value)
+
+
+def test_readme_snippet_runs(monkeypatch):
+    snippet = re.search(r"## From Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(),
+                        re.S).group(1)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(snippet.replace('"runs/spar"', '"tiny"'), names)
+    height, width = names["image"].size[::-1]
+    assert (names["labels"].shape == (height, width)
+            and names["features"].shape[:2] == (round(height / 16), round(width / 16)))
 
 
 def test_unknown_and_unsuitable_backbones_are_refused(tmp_path):
-    with pytest.raises(WrongCall, match="`backbone` no-such-model.*tiny, siglip2, openclip.*ARCH"):
+    with pytest.raises(UsageError, match="no-such-model.*tiny, siglip2, openclip.*ARCH"):
         load_backbone("no-such-model")
     for name in ("ViT-B-32", "ViT-B-32/laion3b"):
-        with pytest.raises(WrongCall, match="laion2b.*`random_init`"):
+        with pytest.raises(UsageError, match="laion2b.*random-init"):
             load_backbone(name)
-    with pytest.raises(WrongCall, match="ModifiedResNet"):
-        load_backbone("RN50/openai", random_init=True)
-    with pytest.raises(RunFailed, match="open_clip_config.json"):
+    with pytest.raises(RunError, match="open_clip_config.json"):
         load_backbone(f"local-dir:{tmp_path}")
 
 
-def test_without_network_the_way_out_is_said(monkeypatch):
+def test_without_network_the_way_out_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RunFailed, match="huggingface.co/nobody/nothing"
-                                        ".*`backbone` local-dir:FOLDER"):
-        load_backbone("hf-hub:nobody/nothing")
-    with pytest.raises(RunFailed, match="huggingface.co/laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
-                                        ".*`backbone` local-dir:FOLDER"):
-        load_backbone("openclip")
+    for name, repository in (("hf-hub:nobody/nothing", "nobody/nothing"),
+                             ("openclip", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K")):
+        with pytest.raises(RunError, match=f"huggingface.co/{repository}.*local-dir:FOLDER"):
+            load_backbone(name)
+
+
+# ---- DINOv3.txt -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def dinov3(tmp_path_factory):
+    """DINOv3.txt, small, built from its public code."""
+    clone = os.environ.get("SPAR_DINOV3_DIR")
+    if not clone:
+        pytest.skip("SPAR_DINOV3_DIR names no clone of github.com/facebookresearch/dinov3")
+    sys.path.append(clone)
+    from dinov3.eval.text.dinotxt_model import DINOTxt, DINOTxtConfig
+    from dinov3.eval.text.text_transformer import TextTransformer
+    from dinov3.eval.text.tokenizer import get_tokenizer
+    from dinov3.models.vision_transformer import DinoVisionTransformer
+    config = DINOTxtConfig(embed_dim=128, vision_model_use_patch_tokens=True,
+                           vision_model_num_head_blocks=2, text_model_tokens_pooler_type="argmax",
+                           text_model_use_linear_projection=True)
+    vision = DinoVisionTransformer(embed_dim=64, depth=3, num_heads=2, n_storage_tokens=4,
+                                   layerscale_init=0.1, mask_k_bias=True,
+                                   pos_embed_rope_rescale_coords=2, pos_embed_rope_dtype="fp32")
+    text = TextTransformer(context_length=77, vocab_size=49408, dim=32, num_heads=2, num_layers=2,
+                           ffn_ratio=4, is_causal=True, ls_init_value=None, dropout_prob=0.0)
+    model = DINOTxt(config, vision_backbone=vision, text_backbone=text)
+    model.init_weights()
+    bpe = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
+    return shaken(DinoTxt(model, get_tokenizer(bpe))).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(384, 384), (224, 224), (160, 416), (16, 48)])
+def test_dinov3txt_equals_its_public_code(dinov3, size):
+    images = torch.randn(2, 3, *size)
+    assert torch.allclose(dinov3.encode_dense(images).flatten(1, 2),
+                          dinov3.model.visual_model.get_class_and_patch_tokens(images)[1],
+                          atol=1e-6)
+    texts = dinov3.model.encode_text(dinov3.tokenizer.tokenize(["a cat"]))
+    assert torch.equal(dinov3.encode_text(["a cat"]), texts[:, 64:]) and texts.shape == (1, 128)
+
+
+def test_dinov3txt_segments_and_is_saved_as_its_public_code_loads_it(dinov3, tmp_path):
+    assert segment(dinov3, Image.new("RGB", (100, 70)), ["cat", "sky"]).shape == (70, 100)
+    dinov3.save(tmp_path)
+    dinov3.model.load_state_dict(load_file(tmp_path / DINOV3), strict=True)
+
+
+def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="dinov3-weights .*hub-dir"):
+        load_backbone("dinov3txt")
+    with pytest.raises(UsageError, match="no such file"):
+        load_backbone("dinov3txt", dinov3_weights=(tmp_path / "a.pth", tmp_path / "b.pth"))
+    for module in [module for module in sys.modules if module.startswith("dinov3")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if path != os.environ.get("SPAR_DINOV3_DIR")])
+    with pytest.raises(UsageError, match="holds no hubconf.py"):
+        load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)
+    (tmp_path / "dinov3").mkdir()
+    (tmp_path / "dinov3" / "hubconf.py").touch()
+    with pytest.raises(RunError, match="public code cannot be .*hub-dir"):
+        load_backbone("dinov3txt", random_init=True, hub_dir=tmp_path)

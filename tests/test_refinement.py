@@ -1,5 +1,5 @@
-"""LPOSS against dense and sparse solutions of its definition in float64, AnyUp in tiles against its
-own published code."""
+"""LPOSS against dense and sparse solutions of its definition in float64, AnyUp in tiles against
+its own published code."""
 import functools
 import itertools
 import os
@@ -13,23 +13,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data.anyup
 import evaluate_ovs
-from common import (RunFailed, WrongCall, bilinear_strips, cut_windows, dense_features,
-                    fit_to_patches, label_strips, prepare, to_rgb, window_starts)
-from data.anyup import AnyUp, TiledAttention
+import extras.anyup
+from common import (bilinear_strips, cut_windows, dense_features, label_strips, prepare,
+                    window_starts)
+from data.files import RunError, UsageError, fit_to_patches, to_rgb
+from conftest import run
 from data.benchmarks import Classes
-from data.lposs import (PixelGraph, conjugate_gradients, patch_graph, propagate_patches,
-                        propagate_pixels, rgb_to_lab)
-from evaluate_ovs import Lposs, Method, best_synonyms, label_map
+from evaluate_ovs import Method, label_map
+from extras.anyup import AnyUp, TiledAttention
+from extras.lposs import (Lposs, PixelGraph, best_synonyms, conjugate_gradients, patch_graph,
+                          propagate_patches, propagate_pixels, read_settings, rgb_to_lab)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- LPOSS ---------------------------------------------------------------------------------------
+# ---- LPOSS -----------------------------------------------------------------------------------
 
 def adjacency(features, centres, k, gamma, sigma, power):
-    """The definition, edge by edge."""
+    """Return the graph of patches by its definition, edge by edge."""
     count = len(features)
     cosine = features @ features.T
     a = np.zeros((count, count))
@@ -76,7 +78,26 @@ def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
             and (ten[:, 2] == 0).all())
 
 
-def test_a_patch_without_similar_neighbours_keeps_its_similarities():
+@pytest.mark.parametrize("text", [
+    "k=0", "k=2.5", "k=x", "steps=0", "reach=0", "alpha=1", "alpha=-0.1", "tau=0", "tau=nan",
+    "tau=inf", "sigma=inf", "lambda=1", "k", "=3"])
+def test_wrong_settings(text):
+    with pytest.raises(UsageError, match=f"--lposs {text}: "):
+        read_settings(["gamma=2", text])
+
+
+def test_settings():
+    assert read_settings([]) == Lposs()
+    assert read_settings(["k=20", "sigma=2e-3"]) == Lposs(k=20, sigma=0.002)
+
+
+def test_settings_need_a_refinement(micro, photos, tmp_path):
+    with pytest.raises(UsageError, match="--lposs goes with --refine"):
+        run(evaluate_ovs, "--backbone", micro, "--images", photos, "--classes", "a, b",
+            "--save-maps", tmp_path, "--lposs", "k=20")
+
+
+def test_patch_without_similar_neighbours_keeps_its_similarities():
     features, centres = torch.eye(4), torch.zeros(4, 2)
     similarities = torch.rand(4, 3)
     propagated = propagate_patches(features, centres, similarities, Lposs())
@@ -84,7 +105,7 @@ def test_a_patch_without_similar_neighbours_keeps_its_similarities():
 
 
 def test_each_column_has_its_own_step_sizes():
-    """Ten steps on several columns are ten steps on each alone, written out."""
+    """Ten steps on several columns equal ten steps on each alone."""
     generator = torch.Generator().manual_seed(1)
     root = torch.randn(30, 30, dtype=torch.float64, generator=generator)
     matrix, targets = (root @ root.T / 30 + torch.eye(30),
@@ -103,15 +124,15 @@ def test_each_column_has_its_own_step_sizes():
 
 
 def test_lab_of_known_colours():
-    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20),
-             (0, 255, 0): (87.73, -86.18, 83.18), (0, 0, 255): (32.30, 79.19, -107.86),
-             (119, 119, 119): (50.03, 0, 0), (5, 5, 5): (1.37, 0, 0)}
+    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (5, 5, 5): (1.37, 0, 0),
+             (255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.73, -86.18, 83.18),
+             (0, 0, 255): (32.30, 79.19, -107.86), (119, 119, 119): (50.03, 0, 0)}
     image = torch.tensor([list(known)], dtype=torch.uint8).permute(2, 0, 1)
     assert (rgb_to_lab(image)[:, 0].T - torch.tensor(list(known.values()))).abs().max() < 0.03
 
 
 def pixel_adjacency(image, reach, tau):
-    """LPOSS+'s graph as an explicit sparse matrix in float64, and not normalised."""
+    """Return LPOSS+'s graph as a sparse matrix in float64, which is not normalised."""
     lab = rgb_to_lab(image).double().numpy() / np.array([100, 128, 128])[:, None, None]
     _, height, width = lab.shape
     rows, columns, weights = [], [], []
@@ -156,12 +177,13 @@ def test_lposs_plus_equals_an_explicit_sparse_matrix(size, reach, tau):
 
 
 def test_refined_prediction_end_to_end(backbone):
-    """Method.predict with lposs and lposs+ against the steps by hand, on a picture whose sides are
-    no multiples of the patch."""
+    """Method.predict equals its steps by hand, on an image whose sides are not multiples of the
+    patch."""
     image = torch.randint(0, 256, (3, 70, 115), dtype=torch.uint8)
-    classes, texts = Classes([["a", "b"], ["c"]]), F.normalize(torch.randn(3, backbone.dim), dim=-1)
+    classes = Classes([["a", "b"], ["c"]])
+    texts = F.normalize(torch.randn(3, backbone.dim), dim=-1)
     lposs, size = Lposs(k=20), (70, 115)
-    single = functools.partial(Method, "single-pass", "", backbone, "", lposs=lposs)
+    single = functools.partial(Method, backbone, "", lposs=lposs)
     features = F.normalize(dense_features(backbone, image), dim=-1)  # (4, 7, D)
     centres = torch.tensor([(16 * y + 8.0, 16 * x + 8.0) for y in range(4) for x in range(7)])
     patches = propagate_patches(features.flatten(0, 1), centres,
@@ -172,24 +194,24 @@ def test_refined_prediction_end_to_end(backbone):
         expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0]
         clear = (expected[0] - expected[1]).abs() > 1e-5
         labels = single(refine=refine).predict(image, size, classes, texts)
-        assert torch.equal(labels[clear], expected.argmax(0)[clear]) and clear.double().mean() > 0.9
+        assert torch.equal(labels[clear], expected.argmax(0)[clear])
+        assert clear.double().mean() > 0.9
     # one window, which is the single pass
-    covering = Method("sliding-window/64", "", backbone, "", stride=64, window=(64, 64),
-                      refine="lposs", lposs=lposs)
+    covering = Method(backbone, "", stride=64, window=(64, 64), refine="lposs", lposs=lposs)
     # without synonyms, whose maximum is taken at pixels there and at patches here
     inputs = image[:, :64, :64], (64, 64), Classes([["a"], ["b"], ["c"]]), texts
-    assert ((covering.predict(*inputs) == single(refine="lposs").predict(*inputs)).double().mean()
-            > 0.999)
+    same = covering.predict(*inputs) == single(refine="lposs").predict(*inputs)
+    assert same.double().mean() > 0.999
 
 
 def stitched_windows(maps, size, window, stride):
-    """Windows' maps (n, i, j, N) at pixels, in float64: upsampled one by one, and averaged where
-    they overlap, (H, W, N)."""
+    """Return windows' maps (n, h, w, N) at pixels, upsampled one by one and averaged where they
+    overlap: (H, W, N) float64."""
     total, counts = torch.zeros(maps.shape[3], *size).double(), torch.zeros(size).double()
     corners = itertools.product(*(window_starts(*each, stride) for each in zip(size, window)))
-    for (top, left), each in zip(corners, maps.double(), strict=True):
+    for (top, left), window_map in zip(corners, maps.double(), strict=True):
         place = slice(top, top + window[0]), slice(left, left + window[1])
-        total[:, *place] += F.interpolate(each.permute(2, 0, 1)[None], size=window,
+        total[:, *place] += F.interpolate(window_map.permute(2, 0, 1)[None], size=window,
                                           mode="bilinear", align_corners=False)[0]
         counts[place] += 1
     return (total / counts).permute(1, 2, 0)
@@ -198,18 +220,18 @@ def stitched_windows(maps, size, window, stride):
 @torch.no_grad()
 @pytest.mark.parametrize("refine", ["lposs", "lposs+"])
 def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backbone, refine):
-    """Literally: every window's patches in one graph, stitched at the network input's size, there
-    the maximum over synonyms (after lposs+, too), and then resized to the picture's size."""
+    """The patches of all windows are in one graph and stitched at the size of the network's
+    input; there the maximum over synonyms is taken (also after lposs+), and then resized."""
     image, size = torch.randint(0, 256, (3, 70, 115), dtype=torch.uint8), (130, 201)
     names = [[f"{k} {j}" for j in range(6)] for k in range(3)]
     # windows of 2 x 2 patches have many borders, where neighbouring pixels differ
     window, lposs = (32, 32), Lposs(k=30, alpha=0.5)
-    method = Method("sliding-window/24", "", backbone, "", 24, window, 5, refine=refine,
+    method = Method(backbone, "", stride=24, window=window, batch_size=5, refine=refine,
                     lposs=lposs)
 
-    picture = prepare(backbone, image)  # 64 x 112
+    prepared = prepare(backbone, image)  # 64 x 112
     maps = torch.cat([backbone.encode_dense(view[None])
-                      for view in cut_windows(picture, window, 24)])
+                      for view in cut_windows(prepared, window, 24)])
     maps = F.normalize(maps, dim=-1)  # (15, 2, 2, D)
     flat = maps.flatten(0, 2)
     # names that tell patches apart
@@ -251,7 +273,7 @@ def test_best_synonyms():
     assert torch.equal(best_synonyms(similarities, torch.tensor([0, 1, 1, 1, 2, 2])), expected)
 
 
-# ---- AnyUp ---------------------------------------------------------------------------------------
+# ---- AnyUp -----------------------------------------------------------------------------------
 
 ANYUP = os.environ.get("SPAR_ANYUP_DIR")
 needs_anyup = pytest.mark.skipif(
@@ -269,9 +291,9 @@ def anyup():
 
 
 def published(ours, image, similarities, size):
-    """The published network's own forward pass: (N, H, W)."""
-    mean, std = (torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
-                 torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+    """Return the output of the published network's own forward pass: (N, H, W)."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     keep, ours.model.cross_decode = ours.model.cross_decode, ours.block
     try:
         with torch.no_grad():
@@ -289,11 +311,13 @@ def published(ours, image, similarities, size):
     ((64, 64), (4, 4), (33, 40), 1),
 ])
 def test_anyup_in_tiles_equals_its_own_output(anyup, side, grid, size, names, monkeypatch):
-    monkeypatch.setattr(data.anyup, "TiledAttention", functools.partial(TiledAttention, side=24))
-    image, similarities = (torch.randint(0, 256, (3, *side), dtype=torch.uint8),
-                           0.3 * torch.rand(*grid, names))
+    small = functools.partial(TiledAttention, side=24)
+    monkeypatch.setattr(extras.anyup, "TiledAttention", small)
+    image = torch.randint(0, 256, (3, *side), dtype=torch.uint8)
+    similarities = 0.3 * torch.rand(*grid, names)
     strip = anyup.strips(image, similarities, size)
-    ours = torch.cat([strip(first, min(first + 37, size[0])) for first in range(0, size[0], 37)], 1)
+    ours = torch.cat([strip(first, min(first + 37, size[0]))
+                      for first in range(0, size[0], 37)], 1)
     theirs = published(anyup, image, similarities, size)
     assert ours.shape == theirs.shape == (names, *size)
     assert (ours - theirs).abs().max() < 2e-6
@@ -303,20 +327,36 @@ def test_anyup_in_tiles_equals_its_own_output(anyup, side, grid, size, names, mo
 
 @needs_anyup
 def test_anyup_by_the_command_line(micro, photos, tmp_path):
-    evaluate_ovs.main(evaluate_ovs.parse_args([
-        "--backbone", micro, "--random-init", "--images", str(photos), "--limit", "2",
-        "--classes", "cat, grass | lawn, sky", "--upsampler", "bilinear", "anyup",
-        "--hub-dir", ANYUP, "--save-maps", str(tmp_path), "--state", str(tmp_path / "state")]))
-    assert ((tmp_path / "single-pass+anyup" / "0.png.labels.png").is_file()
-            and (tmp_path / "single-pass" / "0.png.labels.png").is_file())
+    run(evaluate_ovs, "--backbone", micro, "--random-init", "--images", photos, "--limit", 2,
+        "--classes", "cat, grass | lawn, sky", "--upsampler", "bilinear", "anyup", "--hub-dir",
+        ANYUP, "--save-maps", tmp_path, "--state", tmp_path / "state")
+    for label in ("single-pass", "single-pass+anyup"):
+        assert (tmp_path / label / "0.png.labels.png").is_file()
 
 
 def test_anyup_without_its_code_or_weights(tmp_path):
-    with pytest.raises(WrongCall, match="`hub_dir`.*hubconf.py"):
+    with pytest.raises(UsageError, match="hubconf.py"):
         AnyUp(hub_dir=tmp_path)
     (tmp_path / "hubconf.py").write_text("")
-    with pytest.raises(RunFailed, match="anyup_multi_backbone.pth does not exist"):
+    with pytest.raises(RunError, match="anyup_multi_backbone.pth does not exist"):
         AnyUp(hub_dir=tmp_path)
+
+
+def test_anyup_leaves_images_of_one_patch_to_bilinear_upsampling(capsys):
+    extras.anyup.print_once.cache_clear()
+    image, similarities = torch.zeros(3, 16, 64, dtype=torch.uint8), torch.rand(1, 4, 3)
+    for _ in range(2):
+        strips = AnyUp.strips(None, image, similarities, (20, 70))
+        assert torch.equal(strips(0, 20), bilinear_strips(similarities, (20, 70))(0, 20))
+    assert capsys.readouterr().out.count("AnyUp needs two patches") == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--refine", "lposs+"], ["--inference", "sliding-window"]])
+def test_anyup_is_refused_where_maps_end_at_pixels(flags, micro, photos, tmp_path):
+    with pytest.raises(UsageError, match="--upsampler anyup enlarges a map of patches"):
+        run(evaluate_ovs, "--backbone", micro, "--images", photos, "--classes", "a, b",
+            "--save-maps", tmp_path, "--upsampler", "anyup", *flags)
 
 
 def test_bilinear_strips_equal_interpolation(backbone, monkeypatch):

@@ -1,21 +1,105 @@
-"""Label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in the places of its two
-backbones (paper, supplement 9).
-
-`lposs`, throughout, are settings as evaluate_ovs.py's Lposs has them.
-"""
+"""Label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in place of its two
+backbones (paper, supplement 9)."""
+import math
 import warnings
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 
-from common import bilinear_strips
+from common import bilinear_strips, window_starts
+from data.files import UsageError, fit_to_patches
+
+
+@dataclass(frozen=True)
+class Lposs:
+    """What label propagation depends on. The defaults are those of its published code, for a
+    network with patches of 16 pixels."""
+    k: int = 400  # neighbours of a patch by its features, itself included
+    gamma: float = 3.0  # power of a neighbour's cosine similarity
+    sigma: float = 0.01  # decay per pixel of distance; a smaller one spreads labels further
+    power: float = 1.0  # of the distance
+    alpha: float = 0.95  # weight of the neighbours against the patch's own similarities, below 1
+    steps: int = 10  # of conjugate gradients, which are not run to convergence
+    tau: float = 0.01  # lposs+: scale of colour differences, Lab / (100, 128, 128)
+    reach: int = 6  # lposs+: pixels to each side that a pixel is joined with
+
+
+BOUNDS = {"k": (1, 10 ** 9), "alpha": (0, 1), "steps": (1, 10 ** 9), "tau": (1e-12, math.inf),
+          "reach": (1, 10 ** 9)}  # the lowest value, and one that is above all
+
+
+def read_settings(texts):
+    """Return the Lposs of ["k=200", "sigma=0.02"]. Raise UsageError for what cannot be."""
+    kinds, settings = {field.name: field.type for field in fields(Lposs)}, Lposs()
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise UsageError(f"--lposs {text}: give KEY=VALUE with a KEY of {', '.join(kinds)}")
+        try:
+            number = kinds[name](value)
+        except ValueError:
+            raise UsageError(f"--lposs {text}: {value!r} is not a number that {name} can "
+                             "have") from None
+        low, high = BOUNDS.get(name, (-math.inf, math.inf))
+        if not (math.isfinite(number) and low <= number < high):
+            raise UsageError(f"--lposs {text}: k, steps and reach must be at least 1, alpha from "
+                             "0 to below 1, tau above 0, and all of them finite")
+        settings = replace(settings, **{name: number})
+    return settings
+
+
+def propagated(method, image, prepared, texts):
+    """Return a Method's class similarities after propagation.
+
+    LPOSS propagates over the patches of a single pass, (h, w, N), or over those of all windows in
+    one graph, which are then stitched at pixels, (H, W, N). LPOSS+ continues over the pixels.
+    image: (3, H, W) uint8; prepared: the same for the backbone; texts: (N, D).
+    """
+    size, patch = prepared.shape[-2:], method.backbone.patch
+    if method.stride:
+        maps = torch.cat(list(method.window_maps(prepared)))  # (n, h, w, D)
+    else:
+        maps = method.features(prepared)[None]
+    maps = F.normalize(maps, dim=-1)
+    centres = patch_centres(size, maps.shape[1:3], patch, method.stride or max(size))
+    flat = maps.flatten(0, 2)
+    similarities = propagate_patches(flat, centres.to(flat), flat @ texts.T, method.lposs)
+    similarities = similarities.unflatten(0, maps.shape[:3])  # (n, h, w, N)
+    if method.stride:
+        strips = method.stitch(prepared, [similarities]).strips(size)
+        similarities = strips(0, size[0]).permute(1, 2, 0)
+    else:
+        similarities = similarities[0]
+    if method.refine == "lposs":
+        return similarities
+    pixels = fit_to_patches(image, patch).to(prepared.device)
+    return propagate_pixels(pixels, similarities, method.lposs)
+
+
+def patch_centres(size, grid, patch, stride):
+    """Return (y, x) in pixels of the centres of all patches of all windows with an (h, w) grid,
+    in reading order: (n * h * w, 2)."""
+    starts = [window_starts(length, cells * patch, stride) for length, cells in zip(size, grid)]
+    corners = torch.cartesian_prod(*map(torch.tensor, starts))  # (n, 2)
+    cells = torch.cartesian_prod(*map(torch.arange, grid))  # (h * w, 2)
+    return (corners[:, None] + patch * cells + patch / 2).flatten(0, 1)
+
+
+def best_synonyms(similarities, class_of_name):
+    """Return the largest similarity among each class's names: (h, w, N) -> (h, w, K)."""
+    count = int(class_of_name[-1]) + 1
+    best = similarities.new_full((*similarities.shape[:2], count), -torch.inf)
+    class_of_name = class_of_name.to(similarities.device).expand(similarities.shape)
+    return best.scatter_reduce(2, class_of_name, similarities, "amax")
 
 
 def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
-    """Solve apply(X) = targets from 0, one system a row, each with its own step sizes:
+    """Solve apply(X) = targets from 0, one system per row, each with its own step sizes:
     targets (Q, ...) -> (Q, ...).
 
-    A row that has come below tolerance times its target stays as it is; a row of zeros stays zero.
+    A row whose residual is below tolerance times its target stays as it is, and so does a row of
+    zeros.
     """
     def dot(a, b):
         return (a * b).flatten(1).sum(1, dtype=torch.float64)
@@ -38,12 +122,12 @@ def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
 
 
 def patch_graph(features, centres, lposs, values=2 ** 24):
-    """LPOSS' normalised adjacency S = D^-1/2 (A + A^T) D^-1/2 of patches: (M, M) sparse float64,
-    its entries computed in float32.
+    """Return LPOSS' normalised adjacency S = D^-1/2 (A + A^T) D^-1/2 of patches: (M, M) sparse
+    float64, with entries that are computed in float32.
 
-    features: (M, D), L2-normalised; centres: (M, 2) in pixels of the network's input. A joins each
-    patch with its k nearest by features, weighted by cosine^gamma * exp(-sigma * distance^power);
-    no patch with itself. values: floats held at a time.
+    features: (M, D), L2-normalised. centres: (M, 2) in pixels of the network's input. A joins
+    each patch with its k nearest by features, itself excluded, with a weight of cosine^gamma *
+    exp(-sigma * distance^power). values: floats held at a time.
     """
     count, neighbours, weights = len(features), [], []
     k, part = min(lposs.k, count), max(1, values // count)
@@ -71,11 +155,11 @@ def patch_graph(features, centres, lposs, values=2 ** 24):
 
 
 def propagate_patches(features, centres, similarities, lposs):
-    """LPOSS: (M, D) L2-normalised features, (M, 2) centres, (M, N) cosine similarities ->
-    propagated similarities (M, N) float32.
+    """Return the similarities that LPOSS propagates, (M, N) float32, from (M, D) L2-normalised
+    features, (M, 2) centres and (M, N) cosine similarities.
 
-    (1 - alpha) (I - alpha S)^-1 applied to each name's column; the factor only keeps the range of a
-    similarity.
+    They are (1 - alpha) (I - alpha S)^-1 applied to each name's column. The factor only keeps the
+    range of a similarity.
     """
     graph = patch_graph(features, centres, lposs)
     solution = conjugate_gradients(lambda rows: rows - lposs.alpha * (graph @ rows.T).T,
@@ -84,7 +168,7 @@ def propagate_patches(features, centres, similarities, lposs):
 
 
 def rgb_to_lab(image):
-    """sRGB (3, H, W) uint8 -> CIE L*a*b* for white D65, (3, H, W) float32."""
+    """Convert sRGB (3, H, W) uint8 to CIE L*a*b* for white D65, (3, H, W) float32."""
     rgb = image.float() / 255
     rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
@@ -96,11 +180,11 @@ def rgb_to_lab(image):
 
 
 class PixelGraph:
-    """LPOSS+'s normalised adjacency of pixels: each joined with the square around it by
-    exp(-colour difference / tau).
+    """LPOSS+'s normalised adjacency of the pixels of an image (3, H, W) uint8: each is joined
+    with the square around it by exp(-colour difference / tau).
 
-    image: (3, H, W) uint8. There is no matrix: one map of weights for each half of the offsets,
-    (2 reach^2 + 2 reach) x H x W floats (84 for a reach of 6), and products of shifted maps.
+    There is no matrix, but a map of weights for half of the offsets, (2 reach^2 + 2 reach) x H x
+    W floats (84 for a reach of 6), and products of shifted maps.
     """
 
     def __init__(self, image, reach, tau):
@@ -109,8 +193,7 @@ class PixelGraph:
         lab = rgb_to_lab(image) / ranges.to(image.device)
         self.offsets = [(dy, dx) for dy in range(reach + 1) for dx in range(-reach, reach + 1)
                         if (dy, dx) > (0, 0)]
-        # weights[d, reach + y, reach + x] joins (y, x) with (y, x) + offset d; 0 where that lies
-        # outside
+        # weights[d, reach + y, reach + x] joins (y, x) with (y, x) + offset d; 0 if it is outside
         self.weights = lab.new_zeros(len(self.offsets), height + 2 * reach, width + 2 * reach)
         for weights, (dy, dx) in zip(self.weights, self.offsets):
             if dy < height and abs(dx) < width:
@@ -125,7 +208,7 @@ class PixelGraph:
             weights *= scale * scale.roll((-dy, -dx), (0, 1))
 
     def apply(self, maps):
-        """(Q, H, W) -> the product with the adjacency, (Q, H, W)."""
+        """Return the product of (Q, H, W) with the adjacency, (Q, H, W)."""
         (height, width), reach = self.size, self.reach
         padded, products = F.pad(maps, (reach,) * 4), torch.zeros_like(maps)
         rows = 64 if maps.device.type == "cpu" else height  # strips that stay in a CPU's cache
@@ -143,10 +226,10 @@ class PixelGraph:
 
 
 def propagate_pixels(image, similarities, lposs, values=2 ** 24):
-    """LPOSS+: (3, H, W) uint8 and its similarities (h, w, N), stretched to (H, W) -> propagated
-    similarities (H, W, N) float32.
+    """Return the similarities that LPOSS+ propagates over an image (3, H, W) uint8, from
+    (h, w, N) stretched to (H, W): (H, W, N) float32.
 
-    In float32: ten steps on so well conditioned a system lose no digit that a label depends on.
+    Ten steps on such a well-conditioned system lose no digit in float32 that a label depends on.
     values: floats of one map held at a time.
     """
     height, width = image.shape[-2:]

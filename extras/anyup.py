@@ -1,52 +1,60 @@
 """AnyUp (Wimmer et al., 2025): its published network on class similarities, in tiles."""
+import functools
+
 import open_clip
 import torch
 import torch.nn.functional as F
 
-from common import RunFailed, first_line, hub_clone, parameters_hash
+from common import bilinear_strips, hub_clone, parameters_hash
+from data.files import RunError, first_line
 
 
 class AnyUp(torch.nn.Module):
-    """Guided upsampling of similarities by the published code and weights, of which only the
-    attention is computed differently.
+    """Guided upsampling of similarities by the published code and weights. Only the attention is
+    computed in another way.
 
-    The published attention masks each pixel to a tenth of the picture around it with a matrix of
-    pixels x patches (17 GB at 1024 x 2048); here each tile of pixels meets only the patches that
-    its mask lets through. What remains is the encoders' memory, 3 kB a pixel, in fp32.
+    The published attention masks each pixel to a tenth of the image around it with a matrix of
+    pixels x patches (17 GB at 1024 x 2048). Here each tile of pixels meets only the patches that
+    its mask lets through. What remains is the encoders' memory, 3 kB per pixel, in fp32.
     """
     CHECKPOINTS = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
 
-    def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False, device="cpu"):
+    def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False,
+                 device="cpu"):
         super().__init__()
         clone, checkpoint = hub_clone("anyup", hub_dir), self.CHECKPOINTS[model]
         local = None if random_init or clone is None else clone / checkpoint
         if local and not local.is_file():
-            raise RunFailed(f"{local} does not exist; fetch it from the releases of "
-                            "https://github.com/wimmerth/anyup")
+            raise RunError(f"{local} does not exist; fetch it from the releases of "
+                           "https://github.com/wimmerth/anyup")
         try:
             self.model = torch.hub.load(
                 str(clone or "wimmerth/anyup"), model, source="local" if clone else "github",
                 verbose=False, trust_repo=True, pretrained=not (random_init or local),
                 device=device)
             if local:
-                self.model.load_state_dict(torch.load(local, map_location=device,
-                                                      weights_only=True))
+                state = torch.load(local, map_location=device, weights_only=True)
+                self.model.load_state_dict(state)
         except Exception as error:  # torch.hub and the code it loads raise many types
-            raise RunFailed(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
-                            f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of its "
-                            "releases into the clone and give `hub_dir` CLONE") from error
+            raise RunError(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
+                           f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of "
+                           "its releases into the clone and give --hub-dir CLONE") from error
         self.digest = parameters_hash(self.model)
-        self.block, self.model.cross_decode = self.model.cross_decode, Keep()
+        self.block, self.model.cross_decode = self.model.cross_decode, ReturnInputs()
         self.model.rope = InParts(self.model.rope)
         for module in self.model.modules():
             if isinstance(module, torch.nn.SiLU):
-                module.inplace = True  # all follow a normalisation, whose output nobody else needs
+                module.inplace = True  # nothing else needs the normalised input
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def strips(self, image, similarities, size):
-        """(3, H, W) uint8, (h, w, N) -> a function of (first, last) that gives these rows at
-        `size`: (N, rows, W). See bilinear_strips."""
+        """Return a function of (first, last) that gives these rows of (h, w, N) at `size`,
+        (N, rows, W), as bilinear_strips does. image: (3, H, W) uint8, the guide."""
+        if min(similarities.shape[:2]) < 2:
+            print_once("AnyUp needs two patches along each side; smaller images are enlarged "
+                       "bilinearly")
+            return bilinear_strips(similarities, size)
         constants = open_clip.constants
         mean, std = (torch.tensor(values, device=similarities.device).view(3, 1, 1)
                      for values in (constants.IMAGENET_MEAN, constants.IMAGENET_STD))
@@ -55,10 +63,15 @@ class AnyUp(torch.nn.Module):
         return TiledAttention(self.block, *self.model(guide[None], low, tuple(size))).strip
 
 
-class TiledAttention:
-    """AnyUp's cross-attention, a tile of pixels at a time.
+@functools.cache
+def print_once(text):
+    print(text)
 
-    queries: (1, C, H, W) of pixels, keys: (1, C, h, w) and values: (1, N, h, w) of patches.
+
+class TiledAttention:
+    """AnyUp's cross-attention, one tile of pixels at a time.
+
+    queries: (1, C, H, W) of pixels. keys: (1, C, h, w) and values: (1, N, h, w) of patches.
     """
 
     def __init__(self, block, queries, keys, values, side=32):
@@ -69,19 +82,21 @@ class TiledAttention:
         keys = F.linear(self.attention.norm_k(keys[0].permute(1, 2, 0)), weight, bias)
         self.keys = keys.unflatten(-1, (self.inner.num_heads, -1))  # (h, w, heads, C')
         self.values = values[0].permute(1, 2, 0)  # (h, w, N)
-        self.rows, self.columns = (self.reach(inputs, outputs) for inputs, outputs in
-                                   zip(keys.shape[:2], queries.shape[-2:]))
+        self.rows, self.columns = (
+            self.attended_span(inputs, outputs)
+            for inputs, outputs in zip(keys.shape[:2], queries.shape[-2:]))
 
-    def reach(self, inputs, outputs):
-        """First and past-the-last patch that each pixel of an axis attends to: (outputs, 2). In
-        float32 and in the published order of operations."""
+    def attended_span(self, inputs, outputs):
+        """Return the first and past-the-last patch that each pixel of an axis attends to,
+        (outputs, 2), in float32 and in the published order of operations."""
         centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
         low = (centres - self.block.window_ratio).clamp(0, 1)
         high = (centres + self.block.window_ratio).clamp(0, 1)
         return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
 
     def tile(self, queries, top, left):
-        """Similarities of a tile from its projected queries: (rows, columns, C) -> (..., N)."""
+        """Return the similarities of a tile: its projected queries (rows, columns, C) ->
+        (rows, columns, N)."""
         spans, allowed = [], []
         for near in (self.rows[top:top + queries.shape[0]],
                      self.columns[left:left + queries.shape[1]]):
@@ -99,8 +114,8 @@ class TiledAttention:
         return (weights @ values).unflatten(0, queries.shape[:2])
 
     def strip(self, first, last):
-        """Rows first to last - 1: (N, rows, W)."""
-        joined = []
+        """Return rows first to last - 1: (N, rows, W)."""
+        strips = []
         for top in range(first, last, self.side):
             bottom, above = min(top + self.side, last), max(top - 1, 0)  # one row of halo
             smooth = self.block.conv2d(self.queries[:, :, above:bottom + 1])[0]
@@ -108,13 +123,13 @@ class TiledAttention:
             queries = F.linear(self.attention.norm_q(smooth), self.query_weight, self.query_bias)
             tiles = [self.tile(queries[:, left:left + self.side], top, left)
                      for left in range(0, queries.shape[1], self.side)]
-            joined.append(torch.cat(tiles, 1))
-        return torch.cat(joined).permute(2, 0, 1)
+            strips.append(torch.cat(tiles, 1))
+        return torch.cat(strips).permute(2, 0, 1)
 
 
 class InParts(torch.nn.Module):
-    """AnyUp's positional encoding, some positions at a time: as a whole it is the network's peak of
-    memory."""
+    """AnyUp's positional encoding, some positions at a time. As a whole it would be the network's
+    peak of memory."""
 
     def __init__(self, encode):
         super().__init__()
@@ -128,8 +143,8 @@ class InParts(torch.nn.Module):
         return encoded
 
 
-class Keep(torch.nn.Module):
-    """In the place of AnyUp's attention: hands its inputs out."""
+class ReturnInputs(torch.nn.Module):
+    """Stands in for AnyUp's attention and returns its inputs."""
 
     def forward(self, queries, keys, values, **_):
         return queries, keys, values

@@ -1,12 +1,10 @@
-"""Labelled scenes for the demo: stuff and things, drawn procedurally, with exact label maps.
+"""Draw labelled scenes for the demo: stuff and things, with exact label maps.
 
-A scene has an upper and a lower background divided by a wavy horizon, blobs of other stuff, and
-things that cover each other and are cut by the border. A label is a *concept*: one of the `STUFF`,
-or a kind of thing, for some kinds in a colour (`THINGS`).
-
-Some stuff looks like another except for sparse marks (`MARKED`): a flower field is grass where
-flowers grow, one in about 39 pixels. What a patch between the marks is, only its surroundings tell,
-as they tell a cloud from snow; and where there is the one, there is often the other (`TWINS`).
+A scene has an upper and a lower background with a wavy horizon between them, regions of other
+stuff, and things that overlap and may be cut off at the border. A label is a *concept*: one of
+the `STUFF`, or a kind of thing, for some kinds in one colour (`THINGS`). Some stuff looks like
+another except for sparse marks (`MARKED`), so that only the surroundings of a patch between them
+tell what it is. Where one of the two is, the other often is, too (`TWINS`).
 """
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ STUFF = ["sky", "grass", "water", "sand", "brick wall", "wood", "road", "snow",
 COLOURS = {"red": (205, 45, 40), "yellow": (235, 205, 50), "green": (50, 160, 60),
            "blue": (45, 85, 205), "purple": (135, 60, 170), "white": (235, 235, 235)}
 
-# Names are what captions and class lists use; the first is the class, the others its synonyms.
+# what captions and class lists call them: the class, then its synonyms
 NAMES = {
     "sky": ["sky", "clouds"], "grass": ["grass", "lawn", "meadow"],
     "water": ["water", "sea", "lake"], "sand": ["sand", "beach"],
@@ -34,10 +32,10 @@ NAMES = {
 
 
 class Marks(NamedTuple):
-    """What is scattered over which stuff."""
-    ground: str
+    """Marks that are scattered over stuff."""
+    ground: str  # the stuff
     colour: tuple
-    axes: tuple  # half of a mark's width and height, pixels
+    axes: tuple  # half the width and half the height of a mark, in pixels
     outline: str
 
 
@@ -53,7 +51,7 @@ TWINS = ({name: marks.ground for name, marks in MARKED.items()}
 
 
 def ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi):
-    """Corners of an ellipse (or of a slice) in the unit square [-1, 1]^2: (n, 2), x before y."""
+    """Return corners of an ellipse or a slice in the square [-1, 1]^2: (n, 2), x before y."""
     t = np.linspace(start, stop, 30)
     return np.stack([cx + rx * np.cos(t), cy + (ry or rx) * np.sin(t)], 1)
 
@@ -62,8 +60,7 @@ def rectangle(x0, y0, x1, y1):
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
 
 
-# A kind is a list of (corners, paint): "main" is the thing's colour, a number multiplies it, a
-# triple is RGB.
+# each kind's (corners, paint): "main" is the thing's colour, a number multiplies it, or it is RGB
 KINDS = {
     "ball": [(ellipse(0, 0, 1), "main")],
     "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"),
@@ -80,7 +77,8 @@ KINDS = {
     "car": [(rectangle(-1, -0.1, 1, 0.4), "main"),
             (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), "main"),
             (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), (185, 215, 235)),
-            (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]), (185, 215, 235)),
+            (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]),
+             (185, 215, 235)),
             (ellipse(-0.55, 0.4, 0.25), (30, 30, 32)), (ellipse(0.55, 0.4, 0.25), (30, 30, 32))],
     "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)),
                  (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
@@ -93,28 +91,23 @@ KINDS = {
 }
 COLOUR_NAMES = list(COLOURS)
 OWN_COLOUR = {"tree": (45, 120, 45), "house": (190, 150, 105), "mushroom": (205, 45, 40),
-              "fish": (240, 130, 30)}  # the other kinds come in any
+              "fish": (240, 130, 30)}  # the other kinds come in all COLOURS
 
-# Every thing as (kind, colour), where the colour of a kind that has its own is None.
+# all things as (kind, colour); the colour is None for a kind with its own
 THINGS = [(kind, colour) for kind in KINDS
           for colour in ([None] if kind in OWN_COLOUR else COLOUR_NAMES)]
 
-# Things that never occur in what the backbone is trained on, neither as pixels nor as words.
+# things that the backbone is never trained on, neither as pixels nor as words
 HELD_OUT = {("ball", "yellow"), ("car", "green"), ("box", "purple"), ("tent", "blue")}
 
 
 def thing_label(kind, colour):
-    """The concept's number of a thing."""
+    """Return the number of a thing's concept."""
     return len(STUFF) + THINGS.index((kind, colour))
 
 
-def concept(label):
-    """The inverse: ("sky", None) for stuff, ("ball", "red") or ("tree", None) for a thing."""
-    return (STUFF[label], None) if label < len(STUFF) else THINGS[label - len(STUFF)]
-
-
 def smooth_noise(rng, h, w, cell_h, cell_w=None):
-    """Noise in about [-1, 1] whose grains are cell_h x cell_w pixels: (h, w) float32."""
+    """Return noise in about [-1, 1] with grains of cell_h x cell_w pixels: (h, w) float32."""
     cell_w = cell_w or cell_h
     shape = max(2, int(h / cell_h) + 2), max(2, int(w / cell_w) + 2)
     coarse = rng.uniform(-1, 1, shape).astype(np.float32)
@@ -122,7 +115,7 @@ def smooth_noise(rng, h, w, cell_h, cell_w=None):
 
 
 def brick_wall(rng, y, x, s):
-    """y, x: the pixels' coordinates, (h, w) each; s: how large the bricks are."""
+    """Return bricks (h, w, 3). y, x: coordinates of the pixels (h, w); s: scale of the bricks."""
     bh, bw = 9 * s, 22 * s
     row = np.floor(y / bh)
     shifted = x + (row % 2) * bw / 2
@@ -136,7 +129,7 @@ def brick_wall(rng, y, x, s):
 
 
 def planks(rng, x, s):
-    """x: the pixels' column, (h, w); s: how wide the planks are."""
+    """Return planks (h, w, 3). x: columns of the pixels (h, w); s: scale of the planks."""
     plank = np.floor(x / (17 * s))
     shade = rng.uniform(-1, 1, int(plank.max()) + 1)[plank.astype(int)]
     grain = np.sin(x * 0.9 + 4 * smooth_noise(rng, *x.shape, 40, 9))
@@ -146,7 +139,7 @@ def planks(rng, x, s):
 
 
 def paint_stuff(name, rng, h, w):
-    """A texture that fills h x w pixels: (h, w, 3) float32 in 0..255."""
+    """Return a texture of h x w pixels: (h, w, 3) float in 0..255."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
     if name in MARKED:
         return scatter_marks(rng, MARKED[name], h, w)
@@ -177,35 +170,33 @@ def paint_stuff(name, rng, h, w):
         road = np.full((h, w, 3), 105.0) + speckle[..., None]
         line = (np.abs(y - rng.uniform(0.2, 0.9) * h - 0.1 * x) < 2.5) & ((x % 50) < 28)
         return np.where(line[..., None], 225, road)
-    if name == "snow":
-        drifts = smooth_noise(rng, h, w, 26 * s, 50 * s) + 0.35 * rng.normal(0, 1, (h, w))
-        return np.array([228, 233, 243]) + drifts[..., None] * np.array([13, 11, 7])
-    raise KeyError(name)
+    assert name == "snow"
+    drifts = smooth_noise(rng, h, w, 26 * s, 50 * s) + 0.35 * rng.normal(0, 1, (h, w))
+    return np.array([228, 233, 243]) + drifts[..., None] * np.array([13, 11, 7])
 
 
 def scatter_marks(rng, marks, h, w):
-    """Stuff with marks on a jittered grid: (h, w, 3) float32."""
-    picture = Image.fromarray(paint_stuff(marks.ground, rng, h, w).clip(0, 255).astype(np.uint8))
-    pen, spacing = ImageDraw.Draw(picture), rng.uniform(34, 44)
+    """Return stuff with marks on a jittered grid: (h, w, 3) float32."""
+    image = Image.fromarray(paint_stuff(marks.ground, rng, h, w).clip(0, 255).astype(np.uint8))
+    pen, spacing = ImageDraw.Draw(image), rng.uniform(34, 44)
     for y in np.arange(rng.uniform(0, spacing), h, spacing):
         for x in np.arange(rng.uniform(0, spacing), w, spacing):
             centre = np.array([x, y]) + rng.uniform(-0.2, 0.2, 2) * spacing
             fill = tuple(int(v) for v in marks.colour + rng.normal(0, 9, 3))
-            getattr(pen, marks.outline)([*(centre - marks.axes), *(centre + marks.axes)], fill=fill)
-    return np.asarray(picture, np.float32)
+            box = [*(centre - marks.axes), *(centre + marks.axes)]
+            getattr(pen, marks.outline)(box, fill=fill)
+    return np.asarray(image, np.float32)
 
 
 def surface(kind, x, y, radius, rng):
-    """What a kind looks like from close by: (n, n) factors on its colour.
-
-    x, y: points of the unit square, (n, n) each.
-    """
-    u, v = x * radius, y * radius  # pixels: a pattern is as fine on a large thing as on a small one
+    """Return the pattern of a kind: factors on its colour (n, n). x, y: from -1 to 1, (n, n)."""
+    u, v = x * radius, y * radius  # in pixels, so that patterns do not grow with the thing
     return {
         "ball": lambda: np.where(np.hypot(u, v) % 20 < 10, 1.2, 0.6),
         "box": lambda: np.where((u % 5 < 2) | (v % 5 < 2), 0.5, 1.1),
         "tent": lambda: np.where(u % 8 < 4, 1.15, 0.55),
-        "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5), 0.78, 1.05),
+        "house": lambda: np.where((v % 6 < 1.5) | ((u + (v // 6 % 2) * 5) % 10 < 1.5),
+                                  0.78, 1.05),
         "tree": lambda: 1 + 0.5 * smooth_noise(rng, *x.shape, 4),
         "car": lambda: 1.1 - 0.25 * y,
         "mushroom": lambda: np.where((u % 11 - 5) ** 2 + (v % 11 - 5) ** 2 < 9, 1.6, 0.95),
@@ -215,21 +206,18 @@ def surface(kind, x, y, radius, rng):
 
 
 def paint_thing(kind, colour, radius, rng):
-    """One thing on its own canvas of side n = 2 * radius + 3.
-
-    Returns its colours (n, n, 3) float and how far it covers each pixel, (n, n) in [0, 1].
-    """
+    """Return a thing's colours (n, n, 3) and coverage (n, n) in [0, 1]; n = 2 * radius + 3."""
     side, scale = 2 * radius + 3, 3
     if kind == "box":
         angle = rng.uniform(-np.pi, np.pi)
     else:
-        angle = rng.normal(0, 0.2 if kind in ("house", "tree", "car", "tent", "mushroom") else 0.5)
+        upright = kind in ("house", "tree", "car", "tent", "mushroom")
+        angle = rng.normal(0, 0.2 if upright else 0.5)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
     y, x = np.mgrid[:side, :side].astype(np.float32)
 
-    # (n, n, 2), in the unit square of KINDS
-    local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius
+    local = np.stack([x - side / 2, y - side / 2], 2) @ rotation / radius  # (n, n, 2), as KINDS
     main = np.array(OWN_COLOUR.get(kind) or COLOURS[colour], np.float32)
     main = main * rng.uniform(0.85, 1.05) + rng.normal(0, 7, 3)
     main = main * surface(kind, local[..., 0], local[..., 1], radius, rng)[..., None]
@@ -250,15 +238,14 @@ def paint_thing(kind, colour, radius, rng):
     direction = rng.uniform(0, 2 * np.pi)
     slope = np.cos(direction) * (x / side - 0.5) + np.sin(direction) * (y / side - 0.5)
     shade = 1 + rng.uniform(0.05, 0.25) * slope * 2
-    # where parts overlap the background a little, their colour is spread to the edge so that it
-    # does not darken
+    # spread the colour of partly covered pixels, so that edges are not dark
     spread = colours / np.maximum(coverage, 0.3)[..., None]
     colours = np.where(coverage[..., None] > 0, spread, colours) * shade[..., None]
     return colours, coverage
 
 
 def blob(rng, h, w, size):
-    """A soft-edged region of about size x 2 size pixels somewhere in the picture: (h, w) bool."""
+    """Return a region of about size x 2 size pixels somewhere in the image: (h, w) bool."""
     y, x = np.mgrid[:h, :w].astype(np.float32)
     cy, cx, r = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0.6, 1.4) * size
     distance = ((y - cy) / r) ** 2 + ((x - cx) / (1.8 * r)) ** 2
@@ -267,26 +254,20 @@ def blob(rng, h, w, size):
 
 class Layout(NamedTuple):
     """How much there is in a scene, and how large."""
-    regions: float  # mean number of regions beyond the first
-    sizes: tuple  # of regions, as shares of the scene's short side
-    twins: float  # how often a region's stuff is the one that looks like the lower background
-    things: float  # mean number of things beyond the first
-    # of things: the exponent of a uniform draw between the largest radius (0.4 of the short side)
-    # and 10 pixels
-    smallness: float
+    regions: float  # mean number of regions after the first
+    sizes: tuple  # of regions, as fractions of the scene's short side
+    twins: float  # how often a region is the twin of the lower background
+    things: float  # mean number of things after the first
+    smallness: float  # of things: exponent of a uniform draw from 0.4 short sides to 10 pixels
 
 
-# the backbone learns from busy scenes; the pictures are calm: few of their pixels are near an edge,
-# where patches of 16 are too coarse
-BUSY = Layout(0.8, (0.25, 0.45), 0.5, 2, 0.3)
-CALM = Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)
+BUSY = Layout(0.8, (0.25, 0.45), 0.5, 2, 0.3)  # what the backbone learns from
+CALM = Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)  # few pixels near edges, where patches are coarse
 
 
 def render_scene(rng, height, width, things, layout):
-    """A scene. things: the (kind, colour) pairs to draw from; layout: how many and how large.
-
-    Returns the picture (H, W, 3) uint8 and its labels (H, W) uint8.
-    """
+    """Return a scene's image (H, W, 3) uint8 and its labels (H, W) uint8. things: the (kind,
+    colour) pairs to choose from. layout: how many there are, and how large."""
     upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
     lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
     x = np.arange(width)
@@ -295,13 +276,13 @@ def render_scene(rng, height, width, things, layout):
     horizon = horizon + rng.normal(0, 0.06) * (x - width / 2)
     below = np.arange(height)[:, None] >= horizon[None]
     labels = np.where(below, STUFF.index(lower), STUFF.index(upper)).astype(np.uint8)
-    picture = np.where(below[..., None], paint_stuff(lower, rng, height, width),
-                       paint_stuff(upper, rng, height, width))
+    image = np.where(below[..., None], paint_stuff(lower, rng, height, width),
+                     paint_stuff(upper, rng, height, width))
     for _ in range(1 + rng.poisson(layout.regions)):
         twin = lower in TWINS and rng.uniform() < layout.twins
         other = TWINS[lower] if twin else rng.choice(STUFF)
         region = blob(rng, height, width, rng.uniform(*layout.sizes) * min(height, width))
-        picture = np.where(region[..., None], paint_stuff(other, rng, height, width), picture)
+        image = np.where(region[..., None], paint_stuff(other, rng, height, width), image)
         labels[region] = STUFF.index(other)
 
     for _ in range(rng.poisson(layout.things) + 1):
@@ -311,14 +292,15 @@ def render_scene(rng, height, width, things, layout):
         side = len(coverage)
         top = rng.integers(-side // 3, height - 2 * side // 3)
         left = rng.integers(-side // 3, width - 2 * side // 3)
-        y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
+        y0, y1 = max(top, 0), min(top + side, height)
+        x0, x1 = max(left, 0), min(left + side, width)
         part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
         alpha = coverage[part][..., None]
-        picture[y0:y1, x0:x1] = picture[y0:y1, x0:x1] * (1 - alpha) + colours[part] * alpha
+        image[y0:y1, x0:x1] = image[y0:y1, x0:x1] * (1 - alpha) + colours[part] * alpha
         labels[y0:y1, x0:x1][coverage[part] > 0.5] = thing_label(kind, colour)
 
     light = 1 + rng.uniform(-0.16, 0.16)
     light = light + 0.16 * smooth_noise(rng, height, width, max(height, width))
-    picture = picture * light[..., None] * rng.uniform(0.94, 1.06, 3)
-    picture = picture + rng.normal(0, rng.uniform(1.5, 5), (height, width, 1))
-    return np.clip(picture, 0, 255).astype(np.uint8), labels
+    image = image * light[..., None] * rng.uniform(0.94, 1.06, 3)
+    image = image + rng.normal(0, rng.uniform(1.5, 5), (height, width, 1))
+    return np.clip(image, 0, 255).astype(np.uint8), labels

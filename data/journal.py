@@ -1,0 +1,83 @@
+"""What an unfinished evaluation keeps on the disk: a line per image that it has counted."""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from data.files import append_lines, read_lines, reading, write_lines
+
+
+class Journal:
+    """A .jsonl file of images and their confusion matrices, where an interrupted run continues
+    and where torchrun's processes meet.
+
+    done: the entries of counted images, by image. failed: why the others could not be read.
+    """
+
+    def __init__(self, path):
+        self.path, self.done, self.failed = Path(path), {}, {}
+
+    def open(self, runtime, maps=None):
+        """Read what an earlier run counted. maps: a folder that must hold these images' maps.
+
+        Failures and lines that were cut short are removed, so that their images are tried again.
+        """
+        def is_done(entry):
+            if maps and "counts" in entry:
+                from extras.drawing import has_maps
+                return has_maps(maps, entry["image"])
+            return "counts" in entry
+
+        if runtime.rank == 0:
+            with reading(self.path, "delete it"):
+                write_lines(self.path, filter(is_done, read_lines(self.path)))
+        runtime.barrier()
+        self.read()
+        runtime.barrier()  # nobody counts before all have read
+
+    def read(self):
+        """Read what all processes have written."""
+        with reading(self.path, "delete it"):
+            for entry in read_lines(self.path):
+                if "error" in entry:
+                    self.failed[entry["image"]] = entry["error"]
+                else:
+                    self.done.setdefault(entry["image"], entry)
+
+    def count(self, image, confusion, seconds):
+        """Add an image's confusion matrix (K, K)."""
+        cells = confusion.view(-1).nonzero()[:, 0]
+        counts = confusion.view(-1)[cells]
+        append_lines(self.path, {"image": image, "seconds": seconds, "cells": cells.tolist(),
+                                 "counts": counts.tolist()})
+
+    def leave_out(self, image, error):
+        """Add an image that could not be read."""
+        append_lines(self.path, {"image": image, "error": error})
+
+    def confusion(self, classes, images=None):
+        """Return the confusion matrix of some images, or of all that were counted, for a number
+        of classes K: (K, K) int64."""
+        total = torch.zeros(classes * classes, dtype=torch.int64)
+        with reading(self.path, "delete it"):
+            for image in self.done if images is None else images:
+                entry = self.done[image]
+                total[entry["cells"]] += torch.tensor(entry["counts"], dtype=torch.int64)
+        return total.view(classes, classes)
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
+def text_hash(value):
+    """Return the sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def files_state(dataset):
+    """Return path, size and date of each file of a data set."""
+    files = [dataset.root / image for image in dataset.images] + (dataset.masks or [])
+    stats = [path.stat() if path.exists() else None for path in files]
+    return [(str(path), stat and (stat.st_size, stat.st_mtime_ns))
+            for path, stat in zip(files, stats)]

@@ -1,0 +1,97 @@
+"""Files that evaluate_ovs.py writes: results with their settings, a model as ONNX."""
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import PIL
+import timm
+import torch
+
+from common import start_runtime, weights_hash
+from data.files import RunError, UsageError, write_json
+from data.benchmarks import read_classes
+from data.journal import text_hash
+from data.selection import load_models
+
+
+def describe_settings(args, selection, methods, runtime):
+    """Return what all results depend on, apart from the data."""
+    window = methods[0].window
+    return {
+        "checkpoint": selection.checkpoint, "backbone": methods[0].origin,
+        "random_init": args.random_init, "window": list(window) if window else None,
+        "positions": methods[-1].backbone.positions,
+        "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one "
+                  "has at most 2048; sides then resampled to multiples of the patch",
+        "templates": len(open_clip.OPENAI_IMAGENET_TEMPLATES), "limit": args.limit,
+        "seed": args.seed, "precision": runtime.precision, "torch": torch.__version__,
+        "open_clip": open_clip.__version__, "timm": timm.__version__, "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def write_results(args, settings, results, methods, datasets, runtime):
+    """Print a summary and write what the flags ask for: JSON, a plot, scores in a model card."""
+    if len({(row["dataset"], row["short_side"], row["area"]) for row in results}) > 1:
+        from extras.plots import print_summary
+        print_summary(results)
+    if args.json and results:
+        hashes = {method.backbone: weights_hash(method.backbone) for method in methods}
+        lposs = next((method.lposs for method in methods if method.lposs), None)
+        anyup = next((method.anyup for method in methods if method.anyup), None)
+        names = {dataset.name: dataset.classes.names for dataset in datasets}
+        settings = settings | {
+            "weights": {method.label: hashes[method.backbone] for method in methods},
+            "upsampler": args.upsampler,
+            "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest},
+            "refine": args.refine, "lposs": lposs and asdict(lposs),
+            "device": str(runtime.device), "processes": runtime.world,
+            "short_side": args.short_side, "area": args.area, "classes": names,
+            "names_sha256": {name: text_hash(value) for name, value in names.items()},
+        }
+        write_json(args.json, {"dataset": args.dataset or datasets[0].name, "results": results,
+                               "settings": settings})
+        print(f"results in {args.json}")
+    if args.plot and results:
+        from extras.plots import plot
+        plot(results, args.plot)
+        print(f"plot in {args.plot}")
+    students = {row["checkpoint"] for row in results if row["method"] == "spar"}
+    for student in students if args.limit is None else ():
+        update_card(Path(student), results)
+
+
+def update_card(folder, results):
+    """Write a student's scores into its model card, if it has one and extras are there."""
+    if not (folder / "spar.json").is_file():  # a file of the authors
+        return
+    try:
+        from extras.model_card import write_card
+    except ImportError:
+        return
+    try:
+        write_card(folder, results)
+    except RunError as error:  # it is not one of distill.py's, say
+        print(f"the model card lacks these scores: {error}")
+
+
+EXPORTED = ("checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights", "classes",
+            "background", "seed", "export", "plain_onnx")
+
+
+def write_onnx(args, selection, defaults):
+    """Write the selected model as an ONNX file. Raise UsageError for flags, other than their
+    defaults, that the file would not follow."""
+    others = ["--" + name.replace("_", "-") for name, default in vars(defaults).items()
+              if name not in EXPORTED and getattr(args, name) != default]
+    if others:
+        raise UsageError("--export writes a single pass in float32, with bilinear enlargement "
+                         f"and no thresholds; leave out {', '.join(others)}")
+    if args.background and not args.classes:
+        raise UsageError("--background goes with --classes")
+    from extras.export_onnx import export
+    classes = read_classes(args.classes, args.background) if args.classes else None
+    runtime = start_runtime("cpu", "fp32", args.seed)
+    pretrained, student, _ = load_models(selection, runtime.device)
+    export(student or pretrained, args.export, classes, args.plain_onnx)

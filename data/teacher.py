@@ -1,0 +1,114 @@
+"""What distill.py reads and stores of a teacher: the folder of extract_teacher.py, and the tokens
+that frozen blocks make of its images."""
+import contextlib
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import LOADING, open_features
+from data.files import (RunError, apply_augmentation, is_unchanged, nearest_multiple,
+                        planned_size, read_image, read_index, read_json, read_lines, reading,
+                        resize_image, save_array)
+
+
+def is_finite(values):
+    """Return whether float16 values are all finite, ten times faster than torch.isfinite on a
+    CPU: all bits of the exponent are set in infinity and NaN."""
+    return bool(((values.view(torch.int16) & 0x7C00) != 0x7C00).all())
+
+
+class Teacher:
+    """A folder of extract_teacher.py: settings, feature maps, and an index entry for each map."""
+
+    def __init__(self, folder, partial=False):
+        self.folder, path = Path(folder), Path(folder) / "teacher.json"
+        self.settings = read_json(path, "run extract_teacher.py")
+        self.entries = read_index(folder)
+        failures = read_lines(self.folder / "failures.jsonl")
+        with reading(path, "run extract_teacher.py again"):
+            self.images = Path(self.settings["images"])
+            self.patch, self.dim = self.settings["patch"], self.settings["dim"]
+            self.loading = {key: self.settings[key] for key in LOADING}  # for load_backbone
+            self.loading["name"] = self.settings["backbone"]
+            missing = self.settings["maps"] - len(self.entries) - len(failures)
+        if not self.entries or missing > 0 and not partial:
+            raise RunError(f"{folder} has {len(self.entries)} feature maps and lacks {missing}; "
+                           "its extract_teacher.py command makes them, or give --partial to "
+                           "train on those that are there")
+
+    @property
+    def smallest(self):
+        """The index entry with the fewest patches."""
+        return min(self.entries, key=lambda entry: math.prod(entry["grid"]))
+
+    def image(self, entry, factor=1.0):
+        """Return the augmented image, rescaled by a factor: (3, H, W) uint8."""
+        path = self.images / entry["image"]
+        if not is_unchanged(path, entry):
+            raise RunError(f"{path} is missing, or has changed since its feature map was made; "
+                           "run extract_teacher.py again")
+        image = apply_augmentation(read_image(path), entry)
+        if factor == 1:
+            return image
+        sides = [nearest_multiple(side * factor, self.patch) for side in image.shape[-2:]]
+        return resize_image(image, sides)
+
+    def target(self, entry):
+        """Return the feature map: (h, w, D) float16."""
+        path = self.folder / entry["file"]
+        target = torch.from_numpy(np.array(open_features(path)))
+        height, width = planned_size(entry)
+        expected = (height // self.patch, width // self.patch, self.dim)
+        if target.shape != expected or not is_finite(target):
+            raise RunError(f"{path} does not hold finite values of shape {expected}; delete it "
+                           "and run extract_teacher.py again")
+        return target
+
+
+class FrozenTokens:
+    """What enters the first trained block, on disk: one float16 .npy (n, C) per feature map.
+
+    It is the same in every epoch, because the augmentation of each image is fixed. The name of
+    the folder is a hash of all that it depends on.
+    """
+
+    def __init__(self, root, teacher, student, precision, shape):
+        """shape: (1, n, C) of the tokens of the teacher's smallest image."""
+        first, windows = student.first, student.backbone.windows
+        self.entries, self.width = teacher.entries, shape[2]
+        self.extra = shape[1] - math.prod(teacher.smallest["grid"])  # class, register tokens
+        depends = json.dumps([teacher.loading["name"], teacher.settings["weights"],
+                              teacher.entries, first, windows and asdict(windows), precision])
+        digest = hashlib.sha256(depends.encode()).hexdigest()
+        self.folder = Path(root) / f"frozen-{first}-{digest[:8]}"
+
+    def path(self, entry):
+        return self.folder / entry["file"].removeprefix("features/")
+
+    def shape(self, entry):
+        return math.prod(entry["grid"]) + self.extra, self.width
+
+    def missing_bytes(self):
+        """Return how many bytes are still to be written, without the headers of the files."""
+        return sum(2 * math.prod(self.shape(entry)) for entry in self.entries
+                   if not self.path(entry).exists())
+
+    def read(self, entry):
+        """Return tokens (1, n, C), or None if they are missing or damaged."""
+        with contextlib.suppress(Exception):  # numpy raises many types for a damaged file
+            tokens = torch.from_numpy(np.load(self.path(entry), allow_pickle=False))
+            expected = (torch.float16, self.shape(entry))
+            if (tokens.dtype, tokens.shape) == expected and is_finite(tokens):
+                return tokens[None]
+
+    def keep(self, entry, tokens):
+        """Store tokens (1, n, C) as float16. Return what was stored, so that runs which compute
+        tokens and runs which read them train alike to the last bit."""
+        tokens = tokens.half()
+        save_array(self.path(entry), tokens[0].cpu().numpy())
+        return tokens

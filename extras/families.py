@@ -1,0 +1,61 @@
+"""Image towers of open_clip beyond those that common.py knows: timm's Eva and NaFlexVit."""
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+from common import TimmViT
+from data.files import UsageError
+
+
+class EvaViT(TimmViT):
+    """timm's Eva in open_clip (EVA-01 and EVA-02, PE-Core), whose blocks take rotary positions.
+
+    The positions are computed for the grid at hand, stretched over the native grid's range as
+    timm does.
+    """
+
+    def __init__(self, model, preprocess):
+        super().__init__(model, preprocess)
+        if self.trunk.rope_mixed:
+            raise UsageError("its rotary positions differ from block to block, which is not "
+                             "supported")
+        if self.trunk.rope is not None:
+            # private; timm's cache holds the positions of one grid, whichever grid is asked for
+            self.trunk.rope._use_cached_embed = False
+
+    def attend(self, block, tokens, grid):
+        rope = self.trunk.rope
+        return block(tokens, rope=None if rope is None else rope.get_embed(list(grid)))
+
+
+class NaFlexViT(TimmViT):
+    """timm's NaFlexVit in open_clip (SigLIP2 NaFlex), which takes any grid and resizes its
+    positions itself, bilinearly."""
+    positions = official_positions = None
+
+    def set_sizes(self):
+        if self.trunk.rope is not None:
+            raise UsageError("it is a NaFlexVit with rotary positions, which is not supported")
+        self.window, self.patch = None, self.trunk.embeds.patch_size[0]
+
+    def embed(self, images):
+        return self.trunk.norm_pre(self.trunk.embeds(images)[0])
+
+
+def other_family(visual):
+    """Return the Backbone class for an image tower of open_clip that common.py does not know.
+    Raise UsageError, saying why, for one that has none."""
+    import open_clip
+    if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
+        raise UsageError("its image tower is a ResNet (ModifiedResNet), which has neither patch "
+                         "tokens nor transformer blocks")
+    families = {Eva: EvaViT, NaFlexVit: NaFlexViT}
+    trunk = type(visual.trunk)
+    if trunk in families:
+        return families[trunk]
+    if issubclass(trunk, VisionTransformerRelPos):
+        raise UsageError("its image tower has tables of relative positions, which belong to one "
+                         "grid size")
+    raise UsageError(f"its image tower is a {trunk.__name__}, which is not supported: "
+                     "convolutional and hierarchical towers have no single sequence of patch "
+                     "tokens")

@@ -1,0 +1,120 @@
+"""The model card of a student: README.md in its folder, as huggingface.co shows it."""
+import json
+import re
+from pathlib import Path
+
+from common import BACKBONES, DINOV3, resolve_backbone
+from data.files import UsageError, atomic_path, read_json, reading
+
+# of the weights that a student continues from; those of the other BACKBONES are apache-2.0
+LICENSES = {"tiny": "mit", "openclip": "mit", "dinov3txt": "other"}
+MARKER = "<!-- Generated. Remove this line, and the card will not be rewritten. Results: "
+KEY = ("dataset", "method", "refine", "upsampler", "short_side", "area")  # of one result
+SETTINGS = ("maps", "train_blocks", "train_only", "epochs", "steps", "batch_size", "lr",
+            "schedule", "weight_decay", "random_scale", "seed", "precision", "loss_of", "loss")
+LOADING = {  # by library; DINOv3's public code is none
+    "open_clip": '''import open_clip
+name = "hf-hub:ORG/NAME"  # or local-dir:PATH
+model, _, preprocess = open_clip.create_model_and_transforms(name)
+tokenizer = open_clip.get_tokenizer(name)''',
+    "transformers": '''from transformers import AutoModel, AutoTokenizer  # 5.14 or newer
+model = AutoModel.from_pretrained("ORG/NAME")
+tokenizer = AutoTokenizer.from_pretrained("ORG/NAME")''',
+    None: f'''import safetensors.torch  # the model is the one of DINOv3's public code
+model.load_state_dict(safetensors.torch.load_file("{DINOV3}"))''',
+}
+
+
+def write_card(folder, results=()):
+    """Write a student's card from its spar.json. Add results (as in evaluate_ovs.py's --json) to
+    those that it shows. Return False for a card without a marker, which stays as it is."""
+    path, shown = Path(folder) / "README.md", []
+    with reading(path, "delete it, and it will be written again"):
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            marker = re.search(f"^{re.escape(MARKER)}(.*) -->$", text, re.MULTILINE)
+            if marker is None:
+                return False
+            shown = json.loads(marker[1])
+        rows = {}
+        for result in [*shown, *results]:
+            row = {key: result.get(key) for key in (*KEY, "miou", "pixel_accuracy", "images")}
+            row["dataset"] = Path(row["dataset"]).name
+            rows[tuple(row[key] for key in KEY)] = row
+        scores = score_table(rows.values()) if rows else ""
+    marker = MARKER + json.dumps([*rows.values()]).replace(">", "\\u003e") + " -->"
+    with reading(path.with_name("spar.json"), "run distill.py again"):
+        text = card_text(path.parent, marker) + scores
+    with atomic_path(path) as temporary:  # names of files need not be text
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return True
+
+
+def card_text(folder, marker):
+    """Return the card of a student's folder without its scores."""
+    settings = read_json(folder / "spar.json", "run distill.py again")
+    backbone = settings["teacher"]["backbone"]
+    library = "transformers" if (folder / "config.json").is_file() else "open_clip"
+    if (folder / DINOV3).is_file():
+        library = None
+    known = [key for key, identifier in BACKBONES.items() if backbone in (key, identifier)]
+    metadata = {"library_name": library, "base_model": base_model(backbone),
+                "license": LICENSES.get(known[0], "apache-2.0") if known else None,
+                "license_name": None if library else "dinov3-license"}
+    metadata = "\n".join(f"{key}: {value}" for key, value in metadata.items() if value)
+    is_folder = Path(backbone.removeprefix("local-dir:")).exists()
+    name = Path(backbone).name if is_folder else backbone  # nobody's folders
+    origin = how_made(settings, name)
+    if (folder / "loss.png").is_file():
+        origin += "\n\n![The loss over the steps](loss.png)"
+    return Path(__file__).with_suffix(".md").read_text().format(
+        metadata=metadata, marker=marker, name=cell(name), loading=LOADING[library],
+        place="hf-hub:ORG/NAME" if library else "PATH", origin=origin)
+
+
+def base_model(name):
+    """Return the repository on huggingface.co of a backbone's weights, or None."""
+    import open_clip
+    try:
+        architecture, tag = resolve_backbone(name)
+    except UsageError:  # no model of open_clip
+        return None
+    if architecture.startswith("hf-hub:"):
+        return architecture.removeprefix("hf-hub:")
+    published = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    return "/".join(published.get("hf_hub", "").split("/")[:2]) or None
+
+
+def how_made(settings, name):
+    """Return what a student was distilled from, and how, as Markdown."""
+    if "converted_from" in settings:
+        checkpoint = cell(Path(settings["converted_from"]).name)
+        return f"Converted from {checkpoint}, a checkpoint of the method's authors."
+    teacher = settings["teacher"]
+    facts = {"teacher": name, "images": Path(teacher.get("images") or "").name or None,
+             **{key: teacher.get(key) for key in ("window", "stride", "torch", "open_clip")},
+             **{key.replace("_", " "): settings.get(key) for key in SETTINGS}}
+    return table([["", ""], *(fact for fact in facts.items() if fact[1] is not None)])
+
+
+def score_table(results):
+    """Return the section of the card that shows results."""
+    from evaluate_ovs import label_of
+    rows = [["data", "size", "method", "mIoU", "pixel accuracy", "images"]]
+    rows += [[result["dataset"], result["short_side"] or result["area"] or "the data's own",
+              label_of(result["method"], result["refine"], result["upsampler"]),
+              f"{result['miou']:.1f}", f"{result['pixel_accuracy']:.1f}", result["images"]]
+             for result in results]
+    return f"\n## Scores, in percent\n\n{table(rows)}\n\n`spar` is this student.\n"
+
+
+def table(rows):
+    """Return rows, the first of which is the head, as a Markdown table."""
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def cell(value):
+    """Return a value as text that stays in one cell of a Markdown table."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

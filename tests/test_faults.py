@@ -1,0 +1,513 @@
+"""Bad input and bad luck: no foreign code runs, nothing is silently mixed up, what a user can cause
+ends in one line that names the file or flag, and the same command goes on afterwards."""
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import distill
+import evaluate_ovs
+import extract_teacher
+import time_inference
+from common import load_backbone
+from data.files import RunError, UsageError, atomic_path, read_index, read_lines
+from conftest import MICRO, SMALL, command, extract, files, finish, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STAGES = {stage.__name__: stage
+          for stage in (extract_teacher, distill, evaluate_ovs, time_inference)}
+
+
+@pytest.fixture
+def images(photos, tmp_path):
+    """Three small images of one's own: a folder."""
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        shutil.copy(photos / f"{k}.png", tmp_path / "images")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def own_teacher(micro, images, tmp_path):
+    """The features of those images, to be changed."""
+    extract(micro, images, tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def train(teacher, out, *flags):
+    run(distill, "--teacher", teacher, "--out", out, "--epochs", 1, "--lr", 1e-3, *flags)
+
+
+def losses(out):
+    return [entry["loss"] for entry in read_lines(out / "log.jsonl")]
+
+
+def same_student(one, other):
+    name = "open_clip_model.safetensors"
+    return (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def error_line(process, code):
+    """Return the one line with which a command fails; a progress bar may stand beside it."""
+    output = finish(process, code)
+    assert "error: " in output and "Traceback" not in output
+    line, *more = output.partition("error: ")[2].splitlines()
+    assert not any("error: " in text for text in more)
+    return line
+
+
+def refusal(capsys, stage, *flags):
+    """Return the exit code and the one line with which a stage ends."""
+    try:
+        run(STAGES[stage], *flags)
+    except UsageError as error:
+        code, line = 2, str(error)
+    except RunError as error:
+        code, line = 1, str(error)
+    except SystemExit as leaving:
+        code, line = leaving.code, capsys.readouterr().err.rstrip("\n")
+    else:
+        pytest.fail("it was not refused")
+    assert "\n" not in line
+    return code, line
+
+
+# ---- foreign code and foreign paths ----------------------------------------------------------
+
+@pytest.mark.parametrize("place", [None, "tokenizer_kwargs", "text_cfg"])
+def test_a_model_folder_runs_no_code_of_its_own(place, tmp_path, monkeypatch):
+    """Whether its configuration asks for it, or transformers would ask the user."""
+    config = json.loads(json.dumps(MICRO))
+    text = config["model_cfg"]["text_cfg"]
+    text["hf_tokenizer_name"] = str(tmp_path)
+    if place:
+        (text if place == "text_cfg" else text.setdefault(place, {}))["trust_remote_code"] = True
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    with pytest.raises(RunError, match="trust_remote_code" if place else "tokenizer"):
+        _ = load_backbone(f"local-dir:{tmp_path}", random_init=True, text=True).tokenizer
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_configuration_of_a_million_layers(tmp_path):
+    config = json.loads(json.dumps(MICRO))
+    config["model_cfg"]["vision_cfg"]["layers"] = 10 ** 6
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="1000000 layers"):
+        load_backbone(f"local-dir:{tmp_path}", random_init=True)
+
+
+# ---- flags and calls that cannot work --------------------------------------------------------
+
+@pytest.mark.parametrize("stage, flags", [
+    ("extract_teacher", "--limit -1"), ("extract_teacher", "--limit 0"),
+    ("extract_teacher", "--versions 0"), ("extract_teacher", "--batch-size 0"),
+    ("extract_teacher", "--crop-prob 7"), ("extract_teacher", "--crop-prob nan"),
+    ("extract_teacher", "--flip-prob -1"), ("extract_teacher", "--images="),
+    ("extract_teacher", "--ratio inf inf"), ("extract_teacher", "--device meta"),
+    ("extract_teacher", "--min-side 0"), ("extract_teacher", "--stride -1"),
+    ("extract_teacher", "--shard 3/2"), ("extract_teacher", "--shard x"),
+    ("extract_teacher", "--stride 65 --backbone MICRO"),
+    ("extract_teacher", "--window 50 --backbone MICRO"), ("extract_teacher", "--backbone none"),
+    ("distill", "--lr inf"), ("distill", "--lr 0"), ("distill", "--weight-decay inf"),
+    ("distill", "--save-every 0"), ("distill", "--random-scale inf inf"),
+    ("distill", "--random-scale 1001 1002"), ("distill", "--epochs 0"),
+    ("evaluate_ovs", "--checkpoint="), ("evaluate_ovs", "--limit -1"), ("evaluate_ovs", "--area 0"),
+    ("evaluate_ovs", "--logit-scale nan"), ("evaluate_ovs", "--dataset nonsense"),
+    ("evaluate_ovs", "--stride 24 --checkpoint STUDENT"),
+    ("evaluate_ovs", "--stride 100 --checkpoint STUDENT --compare"),
+    ("evaluate_ovs", "--checkpoint STUDENT --backbone tiny"),
+    ("time_inference", "--repeats 0"), ("time_inference", "--warmup -1"),
+    ("time_inference", "--sizes 64"), ("time_inference", "--strides 100 --backbone MICRO"),
+    ("time_inference", "--plot x.txt"), ("time_inference", "--device cuda:9")])
+def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, tmp_path, capsys):
+    flags = flags.replace("MICRO", micro).replace("STUDENT", str(student)).split()
+    more = {"extract_teacher": ["--images", images, "--out", tmp_path / "out"],
+            "distill": ["--teacher", student.parent / "teacher", "--out", tmp_path / "out"]}
+    if "--images=" in flags:
+        del more["extract_teacher"][:2]
+    code, line = refusal(capsys, stage, *more.get(stage, []), *flags)
+    flag = flags[0].rstrip("=")
+    assert code == 2 and (flag in line or flag.strip("-").rstrip("s") in line)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, code, named", [
+    (["--images", "IMAGES"], 2, "--classes"),
+    (["--classes", "cat"], 2, "classes cat"),
+    (["--images", "IMAGES", "--classes", "cat, cat"], 2, "'cat'"),
+    (["--images", "IMAGES", "--classes", "cat", "--masks", "/nowhere"], 1, "/nowhere"),
+    (["--images", "/nowhere", "--classes", "cat"], 1, "/nowhere"),
+    (["--checkpoint", "/nowhere"], 1, "/nowhere")])
+def test_calls_of_evaluate_that_cannot_work(student, images, capsys, flags, code, named):
+    flags = [images if flag == "IMAGES" else flag for flag in flags]
+    found, line = refusal(capsys, "evaluate_ovs", "--checkpoint", student, *flags)
+    assert found == code and named in line
+
+
+def test_other_settings_are_refused_with_their_names(micro, photos, teacher, student, capsys):
+    for flags, named in ((["--flip-prob", 0], "flip_prob"),
+                         (["--stride", 32], "stride was 24 and is now 32")):
+        with pytest.raises(UsageError, match=named):
+            extract(micro, photos, teacher, *flags)
+    code, line = refusal(capsys, "distill", "--teacher", teacher, "--out", student, "--epochs", 5,
+                         "--lr", 1e-3)
+    assert code == 2 and "epochs was 3 and is now 5" in line
+
+
+@pytest.mark.slow
+def test_a_failing_command_ends_with_one_line_and_a_code(images, tmp_path):
+    for code, named, script, *flags in (
+            (2, "stride 999", "extract_teacher.py", "--images", images, "--out", tmp_path / "out",
+             "--backbone", "tiny", "--stride", 999),
+            (1, tmp_path / "none", "distill.py", "--teacher", tmp_path / "none")):
+        assert str(named) in error_line(command(script, *flags), code)
+
+
+# ---- images ----------------------------------------------------------------------------------
+
+def test_bad_images_are_noted_and_the_rest_is_done(micro, photos, tmp_path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    image = Image.open(photos / "0.png")
+    for name in ("good.jpg", "good.png", "a.1.png"):  # of the same stem; like another's version
+        image.save(folder / name)
+    (folder / "truncated.jpg").write_bytes((folder / "good.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("no image")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (2000, 20)).save(folder / "thread.png")
+    flags = ["--images", folder, "--backbone", micro, *SMALL[:-2]]
+    run(extract_teacher, "--out", out, *flags)
+    assert "3 of 7 feature maps" in capsys.readouterr().out
+    failures = {entry["image"]: entry["error"] for entry in read_lines(out / "failures.jsonl")}
+    assert failures.keys() == {"truncated.jpg", "text.png", "dot.png", "thread.png"}
+    assert "1 x 1" in failures["dot.png"] and "20 x 2000" in failures["thread.png"]
+    assert ({entry["image"] for entry in read_index(out)} == {"good.jpg", "good.png", "a.1.png"})
+    train(out, tmp_path / "spar")  # what failed is known to be missing
+    with pytest.raises(RunError, match="dot.png.*--strict"):
+        run(extract_teacher, "--out", tmp_path / "strict", *flags, "--strict")
+    for name in ("good.jpg", "good.png", "a.1.png"):
+        (folder / name).unlink()
+    with pytest.raises(RunError):
+        run(extract_teacher, "--out", tmp_path / "none", *flags)
+
+
+@pytest.mark.parametrize("what", ["changed", "deleted", "spoilt"])
+def test_an_image_that_is_no_more_the_same(micro, images, own_teacher, tmp_path, what):
+    before = files(own_teacher / "features")
+    pixels = np.asarray(Image.open(images / "1.png"))
+    (images / "1.png").unlink()
+    if what == "changed":
+        Image.fromarray(255 - pixels).save(images / "1.png")
+    elif what == "spoilt":
+        (images / "1.png").write_text("no image")
+    with pytest.raises(RunError, match="1.png.*extract_teacher.py again"):
+        train(own_teacher, tmp_path / "stopped", "--cache-frozen", "off")
+    extract(micro, images, own_teacher)
+    after = files(own_teacher / "features")
+    assert all(after[name] == before[name] for name in after if not name.startswith("1.png"))
+    train(own_teacher, tmp_path / "spar")
+    assert len(losses(tmp_path / "spar")) == (6 if what == "changed" else 4)
+    if what == "changed":
+        assert all(after[name] != before[name] for name in ("1.png.npy", "1.png.1.npy"))
+    if what == "spoilt":
+        assert "1.png" in (own_teacher / "failures.jsonl").read_text()
+
+
+def test_a_copied_image_is_the_same(micro, images, own_teacher, tmp_path):
+    """Another date alone makes nothing anew."""
+    path = own_teacher / "features" / "0.png.npy"
+    before = path.stat().st_mtime_ns
+    for image in images.iterdir():
+        os.utime(image, (1, 1))
+    extract(micro, images, own_teacher)
+    assert path.stat().st_mtime_ns == before
+    train(own_teacher, tmp_path / "spar")
+
+
+@pytest.mark.slow
+def test_unusual_file_names(micro, photos, tmp_path):
+    """Too long for a file beside it, not UTF-8, mathematics to matplotlib."""
+    folder, spar = tmp_path / "$a$ $b", tmp_path / "spar $"
+    folder.mkdir()
+    for name in ("x" * 250 + ".png", os.fsdecode(b"not-utf8-\xff.png"), "$x_{$.png",
+                 "y" * 245 + ".png"):
+        shutil.copy(photos / "0.png", folder / name)
+    output = finish(command("extract_teacher.py", "--images", folder, "--backbone", micro, "--out",
+                            tmp_path / "$t", *SMALL[:-2]))
+    assert "3 of 4 feature maps" in output
+    train(tmp_path / "$t", spar)
+    assert (spar / "loss.png").exists()
+    finish(command("evaluate_ovs.py", "--checkpoint", spar, "--images", folder, "--classes",
+                   "cat, sky", "--save-maps", tmp_path / "maps", "--state", tmp_path / "state"))
+    assert len(list((tmp_path / "maps").rglob("*.png"))) == 3 * 4 + 1
+
+
+# ---- damaged files of earlier stages ---------------------------------------------------------
+
+def save_zip(path, features):
+    with open(path, "wb") as file:
+        np.savez(file, features)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path, features: path.write_bytes(path.read_bytes()[:100]),
+    lambda path, features: path.write_bytes(path.read_bytes()[:-2]),
+    lambda path, features: path.write_bytes(
+        path.read_bytes().replace(b"'shape': (", b"'shape': (-", 1)),
+    lambda path, features: path.write_bytes(
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f2', 'fortran_order': Fal" + b" " * 99),
+    save_zip,
+    lambda path, features: np.save(path, features[:-1]),
+    lambda path, features: np.save(path, features.astype(np.float32)),
+    lambda path, features: np.save(path, features * np.float16("nan")),
+    lambda path, features: np.save(path, [{}], allow_pickle=True),
+    lambda path, features: path.unlink(),
+], ids=["short", "shorter", "negative", "header", "zip", "shape", "type", "nan", "objects", "none"])
+def test_a_damaged_feature_map_is_named_and_made_anew(micro, images, own_teacher, tmp_path, damage):
+    path = own_teacher / "features" / "1.png.npy"
+    before = path.read_bytes()
+    damage(path, np.load(path))
+    with pytest.raises(RunError, match="1.png.npy.*extract_teacher.py again"):
+        train(own_teacher, tmp_path / "spar")
+    extract(micro, images, own_teacher)
+    if np.isnan(np.load(path)).any():  # it is whole, so it must be deleted, as the message says
+        path.unlink()
+        extract(micro, images, own_teacher)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("rubbish", [b"\xff\xfe\n", b'{"image": "0.p'])
+def test_a_line_of_the_index_that_was_lost_is_made_anew(micro, images, own_teacher, tmp_path,
+                                                        rubbish):
+    before, path = read_index(own_teacher), own_teacher / "index.jsonl"
+    path.write_bytes(b"".join([*path.read_bytes().splitlines(keepends=True)[:-1], rubbish]))
+    with pytest.raises(RunError, match="--partial"):
+        train(own_teacher, tmp_path / "spar")
+    train(own_teacher, tmp_path / "spar", "--partial")
+    extract(micro, images, own_teacher)
+    assert read_index(own_teacher) == before
+
+
+@pytest.mark.parametrize("change", [
+    None, "[]", "{}", b"\xff", {"dim": 10 ** 30}, {"maps": "many"},
+    {"weights": None}])
+def test_a_damaged_teacher_is_named(own_teacher, tmp_path, capsys, change):
+    path = own_teacher / "teacher.json"
+    settings = json.loads(path.read_text())
+    path.unlink()
+    if isinstance(change, dict):
+        path.write_text(json.dumps(settings | change))
+    elif change is not None:
+        path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    refusal(capsys, "distill", "--teacher", own_teacher, "--out", tmp_path / "spar")
+    assert not (tmp_path / "spar" / "open_clip_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"teacher": 5}', '{"teacher": {}}'])
+def test_a_damaged_student_is_named(student, images, tmp_path, capsys, content):
+    spar = shutil.copytree(student, tmp_path / "spar")
+    (spar / "spar.json").write_text(content)
+    _, line = refusal(capsys, "evaluate_ovs", "--checkpoint", spar, "--compare",
+                      "--images", images, "--classes", "cat", "--state", tmp_path / "state")
+    assert "spar.json" in line
+
+
+class Evil:
+    def __reduce__(self):
+        return pytest.fail, ("code of a file was executed",)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: {key: value for key, value in state.items() if key != "scaler"},
+    lambda state: state | {"parameters": [torch.zeros(2), *state["parameters"][1:]]},
+    lambda state: state | {"parameters": state["parameters"][1:]},
+    lambda state: state | {"step": Evil()},
+    lambda state: None,
+], ids=["key", "shape", "count", "code", "short"])
+def test_a_damaged_state_is_named(own_teacher, tmp_path, damage):
+    spar = tmp_path / "spar"
+    train(own_teacher, spar)
+    path, before = spar / "training_state.pt", losses(spar)
+    state = damage(torch.load(path))
+    torch.save(state, path) if state else path.write_bytes(path.read_bytes()[:-99])
+    with pytest.raises(RunError, match="training_state.pt.*delete it"):
+        train(own_teacher, spar)
+    path.unlink()
+    train(own_teacher, spar)
+    assert losses(spar) == before
+
+
+@pytest.mark.parametrize("damage", [
+    np.transpose, lambda tokens: tokens * np.float16("nan"), lambda tokens: None])
+def test_damaged_tokens_are_made_anew(own_teacher, tmp_path, damage):
+    kept = ["--cache-frozen", tmp_path / "tokens"]
+    train(own_teacher, tmp_path / "a", *kept, "--epochs", 2)
+    before = files(tmp_path / "tokens")
+    (path,) = (tmp_path / "tokens").rglob("1.png.npy")
+    tokens = damage(np.load(path))
+    path.write_bytes(b"cut short") if tokens is None else np.save(path, tokens)
+    train(own_teacher, tmp_path / "b", *kept, "--epochs", 2)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert files(tmp_path / "tokens") == before
+
+
+def test_tokens_of_other_images_are_not_used(micro, images, own_teacher, tmp_path):
+    """Two teachers whose images have the same names and sizes share a folder of tokens."""
+    (tmp_path / "other").mkdir()
+    for path in images.iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(tmp_path / "other" / path.name)
+    extract(micro, tmp_path / "other", tmp_path / "teacher-other")
+    kept = ["--epochs", 2, "--cache-frozen"]
+    train(own_teacher, tmp_path / "a", *kept, tmp_path / "tokens")
+    train(tmp_path / "teacher-other", tmp_path / "b", *kept, tmp_path / "tokens")
+    train(tmp_path / "teacher-other", tmp_path / "c", *kept, tmp_path / "tokens-of-its-own")
+    assert losses(tmp_path / "a") != losses(tmp_path / "b") == losses(tmp_path / "c")
+
+
+# ---- training that fails or is stopped -------------------------------------------------------
+
+@pytest.mark.parametrize("flags, last_good", [
+    (["--lr", 1e30, "--save-every", 1], 1),  # the loss of the second step
+    (["--lr", 1e39, "--batch-size", 6], 0)])  # the student after the last step, no loss
+def test_values_that_are_not_finite_keep_the_last_good_state(own_teacher, tmp_path, flags,
+                                                             last_good):
+    spar = tmp_path / "spar"
+    with pytest.raises(RunError, match="--lr"):
+        train(own_teacher, spar, *flags)
+    state = spar / "training_state.pt"
+    assert (torch.load(state)["step"] if state.exists() else 0) >= last_good
+    assert not (spar / "open_clip_model.safetensors").exists()
+
+
+def test_a_log_that_was_deleted(student, teacher, tmp_path):
+    spar = shutil.copytree(student, tmp_path / "spar")
+    (spar / "log.jsonl").unlink()
+    run(distill, "--teacher", teacher, "--out", spar, "--epochs", 3, "--lr", 1e-3)
+    assert same_student(spar, student)
+
+
+def test_temporary_files_of_a_killed_run_are_removed(micro, images, own_teacher, tmp_path):
+    with atomic_path(own_teacher / "features" / "x.npy") as temporary:
+        temporary.write_text("")
+    temporary.write_text("cut short")  # as a killed process leaves it
+    extract(micro, images, own_teacher)
+    train(own_teacher, tmp_path / "spar")
+    (tmp_path / "spar" / ".tmpewMpfj").write_text("cut short")  # safetensors' own name
+    train(own_teacher, tmp_path / "spar")
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+def wait_for(path, lines, process):
+    deadline = time.time() + 120
+    while len(read_lines(path)) < lines and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_one_training_a_folder(teacher, tmp_path):
+    """A second one is refused. As a background job of a shell, it ignores Ctrl-C, not SIGTERM."""
+    log, flags = tmp_path / "log.jsonl", ["--teacher", teacher, "--out", tmp_path, "--epochs", 30]
+    process = command("distill.py", *flags, preexec_fn=functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN))
+    wait_for(log, 10, process)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(RunError, match=str(tmp_path)):
+        run(distill, *flags)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    wait_for(log, 2 * len(read_lines(log)), process)
+    process.send_signal(signal.SIGTERM)
+    line = error_line(process, 130)
+    assert "continue with: python" in line and str(tmp_path) in line
+
+
+# ---- a full disk, a full memory, and other people's machines ---------------------------------
+
+@pytest.mark.parametrize("stage, limit", [
+    (extract_teacher, 1200), (distill, 100_000), (distill, 1_000_000)])
+def test_a_full_disk_loses_nothing(micro, images, own_teacher, tmp_path, stage, limit):
+    """Files cannot grow beyond a limit (for a feature map, a state, a student), which the system
+    reports as it does a full disk."""
+    out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ["--teacher", own_teacher, "--epochs", 1, "--out", out]
+    if stage is extract_teacher:
+        flags = ["--images", images, "--backbone", micro, *SMALL, "--out", out]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RunError, match=f"{out}.*could not be written"):
+            run(stage, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(out.rglob(".tmp*"))
+    done = {path: path.stat().st_mtime_ns
+            for path in (out / entry["file"] for entry in read_index(out))}
+    run(stage, *flags)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert len(done) < len(read_index(out) if stage is extract_teacher else losses(out)) == 6
+
+
+def test_a_disk_that_is_too_small_is_noticed_before(micro, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(RunError, match=str(tmp_path / "out")):
+        extract(micro, images, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.npy"))
+
+
+def test_a_file_system_without_modes(backbone, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "chmod", refuse)
+    backbone.save(tmp_path)
+    assert (tmp_path / "open_clip_model.safetensors").exists()
+
+
+@pytest.fixture
+def own_signals():
+    """Restore the signal handlers of this process, which run_stage changes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error, code, named", [
+    (UsageError("--flag 5"), 2, "--flag 5"), (RunError("some.json"), 1, "some.json"),
+    (MemoryError(), 1, "memory"), (RuntimeError("can't allocate memory\nmore"), 1, "memory"),
+    (OSError(5, "Input/output error", "some.png"), 1, "some.png"), (BrokenPipeError(), 1, ""),
+    (KeyboardInterrupt(), 130, "continue with: python")])
+def test_errors_that_end_in_one_line(error, code, named, capfd, monkeypatch, own_signals):
+    def main(args):
+        raise error
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit) as leaving:
+        common.run_stage(main, None)
+    text = capfd.readouterr().err
+    assert leaving.value.code == code and named in text and text.count("\n") <= 1
+
+
+def test_a_defect_keeps_its_traceback(own_signals):
+    def main(args):
+        raise RuntimeError("something else")
+    with pytest.raises(RuntimeError):
+        common.run_stage(main, None)
+
+
+@pytest.mark.slow
+def test_a_clock_that_stands_still(micro, tmp_path, monkeypatch):
+    for name in ("time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: 1000.0)
+    run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,
+        "--warmup", 0, "--repeats", 1, "--plot", tmp_path / "times.png")
