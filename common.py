@@ -72,8 +72,8 @@ def choose_window(backbone, side, stride):
     if any(length % backbone.patch for length in window):
         raise UsageError(f"window {window[0]}: must be a multiple of the patch, {backbone.patch}")
     if not 1 <= stride <= min(window):
-        raise UsageError(f"stride {stride}: must be from 1 to the window's side, {min(window)}, or "
-                         "pixels would be left uncovered (0 is the single pass)")
+        raise UsageError(f"stride {stride}: must be from 1 to the window's side, {min(window)}, "
+                         "or pixels would be left uncovered (0 is the single pass)")
     return window
 
 
@@ -821,6 +821,9 @@ def quiet_open_clip():
 @contextlib.contextmanager
 def loading(what, advice):
     """Turn any error of the libraries that load a model into a RunError with advice."""
+    import transformers
+    # never ask on stdin whether a model's own code may run: it may not
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         with quiet_open_clip():
             yield
@@ -1139,15 +1142,37 @@ class Runtime:
         self.total(0)
 
 
+def launcher_ranks():
+    """Return (rank, world, local rank) of torchrun's environment, or (0, 1, 0) without one."""
+    values = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        try:
+            values.append(int(os.environ.get(name) or default))
+        except ValueError:
+            raise UsageError(f"{name}={os.environ[name]} in the environment is no whole number; "
+                             "unset it, or start with torchrun") from None
+    rank, world, local = values
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        return 0, 1, 0  # left over from something else
+    if not (0 <= rank < world and local >= 0):
+        raise UsageError(f"RANK={rank}, WORLD_SIZE={world} in the environment fit no process; "
+                         "unset them, or start with torchrun")
+    return rank, world, local
+
+
 def start_runtime(device="auto", precision="auto", seed=0):
     """Choose the device and the precision, seed torch, and join torchrun's processes. "auto" is
     fp16 on a GPU (half the time, as in the paper) and fp32 on a CPU. Raise UsageError."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = launcher_ranks()
+    gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.is_available():
-        device = f"cuda:{local % torch.cuda.device_count()}"
+    if device == "cuda" and gpus:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus:
+            raise UsageError(f"{world} processes, but {gpus} GPUs; start as many as there are")
+        device = f"cuda:{local}"
+    elif device.startswith("cuda:") and world > 1:
+        raise UsageError(f"--device {device}: {world} processes need a GPU each; give cuda")
     try:
         device = torch.device(device)
         torch.empty(1, device=device).item()  # fails on meta, too
@@ -1157,11 +1182,17 @@ def start_runtime(device="auto", precision="auto", seed=0):
         precision = "fp16" if device.type == "cuda" else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the patch embedding too
     torch.manual_seed(seed)
     if world > 1:
-        # one process may wait long for another's last images; torchrun sees when one has died
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(days=1))
+        try:
+            # one process may wait long for another's last images; torchrun sees when one has died
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                                 timeout=datetime.timedelta(days=1))
+        except (RuntimeError, ValueError) as error:  # a taken port, no address
+            raise RunError(f"{world} processes (WORLD_SIZE) cannot meet: {first_line(error)}; "
+                           "start them with torchrun, with another --master-port if that one is "
+                           "taken, or unset WORLD_SIZE") from None
     runtime = Runtime(device, precision, rank, world)
     share = f"{world} processes" if world > 1 else f"{torch.get_num_threads()} threads"
     runtime.print(f"device {device}, precision {precision}, {share}")

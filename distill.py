@@ -1,16 +1,14 @@
 """Stage 2: distil the sliding-window teacher into a single-pass student (paper, section 3.4).
 
-In: a folder of extract_teacher.py, and the images that it was made from. Out, in --out: a folder
-that plain open_clip loads as local-dir:runs/spar, with spar.json (how the student was trained),
-README.md (a model card), log.jsonl, loss.png and training_state.pt.
+In: a folder of extract_teacher.py, and its images. Out: a folder that plain open_clip loads as
+local-dir:runs/spar, with spar.json, README.md, log.jsonl, loss.png and training_state.pt.
 
     python distill.py                                      # the demo, CPU
     python distill.py --teacher runs/teacher --epochs 10   # one GPU
     torchrun --nproc-per-node 2 distill.py                 # the paper's two GPUs, one image each
     python distill.py --train-only qkv --out runs/qkv      # a variant; tests/variants.py runs all
 
-After an interruption the same command continues, and ends with the weights of an uninterrupted
-run, bit for bit on a CPU.
+The same command continues an interrupted run, to the same weights, bit for bit on a CPU.
 """
 from data.flags import Parser, add_device_flags, bounded, filled, parse
 
@@ -27,40 +25,36 @@ PARTS = {
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
-    add("--teacher", type=filled, default="runs/teacher",
-        help="folder of extract_teacher.py (%(default)s)")
+    add("--teacher", type=filled, default="runs/teacher", help="feature maps (%(default)s)")
     add("--out", type=filled, default="runs/spar", help="folder to write (%(default)s)")
     add("--train-blocks", metavar="N", help="number of last blocks to train (default: 2), or "
         "'all' for the image tower: better on very large images, and three times slower")
     add("--frozen-stride", type=bounded(int, 0), default=0, metavar="N", help="let the frozen "
-        "blocks see native windows, N pixels apart, instead of the whole image: the window's side "
-        "is no slower than a single pass at large images, half of it is better still (0: off)")
+        "blocks see native windows, N pixels apart: the window's side costs no more than a single "
+        "pass at large images, half of it is better still (default: 0, the whole image)")
     add("--train-only", choices=list(PARTS), help="train only this part: attention inputs or "
         "MLPs of those blocks, or instead the patch projection or the positional embedding")
     add("--partial", action="store_true", help="train on an extraction that is not finished")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=bounded(int, 1), help="passes over the images (default: 10; tiny 8)")
     add("--lr", type=bounded(float, 1e-12, 1e99), help="learning rate (default: 2e-5; tiny 5e-4)")
-    add("--schedule", choices=["constant", "cosine"],
-        help="schedule of the learning rate (default: constant; tiny cosine)")
+    add("--schedule", choices=["constant", "cosine"], help="(default: constant; tiny cosine)")
     add("--weight-decay", type=bounded(float, 0, 1000), help="decay of AdamW (default: 1e-4)")
     add("--batch-size", type=bounded(int, 1), metavar="N", help="images per step, in all "
         "processes together (default: one per process, as in the paper)")
-    add("--loss", choices=["feature", "similarity"], dest="loss_of", help="what is compared with "
-        "the teacher: features (default), or their cosine similarities to the names of "
-        "--classes, which favours the domain of those names")
+    add("--loss", choices=["feature", "similarity"], dest="loss_of", help="compare features "
+        "(default), or their cosine similarities to --classes, which favours the domain of these")
     add("--classes", type=filled, metavar="FILE",
         help="names for --loss similarity: one class a line, synonyms separated by commas")
     add("--random-scale", type=bounded(float, 1e-6, 1000), nargs=2, metavar=("LO", "HI"),
-        help="rescale each image by a random factor (0.5 2, say), a new one in every epoch; with "
-        "feature maps of --stride 0 this is the paper's multi-resolution distillation")
+        help="rescale each image in every epoch by a random factor (0.5 2, say); with feature "
+        "maps of --stride 0 this is the paper's multi-resolution distillation")
     add = parser.add_argument_group("computation").add_argument
     add("--cache-frozen", type=filled, default="auto", metavar="{auto,off,DIR}",
         help="store what enters the first trained block, so that later epochs neither decode "
         "images nor run frozen blocks: in DIR, or if there is room with the feature maps (auto)")
-    add("--save-every", type=bounded(int, 1), default=500, metavar="N",
-        help="steps between resumable states, besides each epoch's end and every five minutes "
-        "(%(default)s)")
+    add("--save-every", type=bounded(int, 1), default=500, metavar="N", help="steps between "
+        "resumable states, besides each epoch's end and every five minutes (%(default)s)")
     add_device_flags(parser, seed="seed of the order of the images and of --random-scale")
     return parse(parser, argv)
 
@@ -110,10 +104,11 @@ RECIPES = {"tiny": Recipe(epochs=8, lr=5e-4, schedule="cosine")}
 
 def choose_recipe(args, backbone, world):
     """Return the recipe of a backbone with the changes that flags make, for `world` processes."""
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
-    recipe = RECIPES.get(backbone, Recipe())
-    recipe = dataclasses.replace(recipe, **{"batch_size": world, **given})
+    given = {"batch_size": world}
+    for field in dataclasses.fields(Recipe):
+        if getattr(args, field.name) is not None:
+            given[field.name] = getattr(args, field.name)
+    recipe = dataclasses.replace(RECIPES.get(backbone, Recipe()), **given)
     if recipe.random_scale and recipe.random_scale[0] > recipe.random_scale[1]:
         raise UsageError("--random-scale needs LO <= HI")
     if recipe.batch_size % world:
@@ -127,7 +122,7 @@ def choose_recipe(args, backbone, world):
 
 def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     """Return the FrozenTokens of --cache-frozen or None, and a remark on them."""
-    auto, limit = where == "auto", torch.finfo(torch.float16).max
+    auto = where == "auto"
     if where == "off":
         return None, "--cache-frozen off"
     if student.first is None:
@@ -139,10 +134,10 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     with runtime.autocast():
         example = frozen_tokens(student, teacher.image(teacher.smallest))
     largest = example.abs().max().item()
-    if auto and largest > limit / 4:  # other images may reach more
-        return None, f"they reach {largest:g}, too close to the largest float16, {limit:g}"
+    if auto and largest > 65504 / 4:  # other images may reach more
+        return None, f"they reach {largest:g}, too close to the largest float16, 65504"
     root = teacher.folder if auto else where
-    frozen = FrozenTokens(root, teacher, student, runtime.precision, example.shape)
+    frozen = FrozenTokens(root, teacher, student, runtime.precision, example)
     need = frozen.missing_bytes()
     if auto and need > free_bytes(root):
         return None, f"they need {need / 1e9:.2f} GB, more than the disk of {root} has free"
@@ -151,15 +146,14 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
 
 
 def epoch_order(count, batch, seed, epoch, rank=0, world=1):
-    """Return this process's share of an epoch's permutation: (steps, batch / world) indices. The
-    permutation depends on seed and epoch alone. Its beginning fills up the last batch."""
+    """Return this process's share of a shuffled epoch: (steps, batch / world) indices."""
     order = np.random.default_rng((seed, epoch)).permutation(count)
     return np.resize(order, (math.ceil(count / batch), batch))[:, rank::world]
 
 
 def batches(teacher, frozen, recipe, runtime, step, workers):
-    """Yield this process's share of each batch from a step to the end of training: lists of
-    (index entry, image or None, frozen tokens or None, target)."""
+    """Yield this process's share of each batch, from a step to the end: lists of (index entry,
+    image or None, frozen tokens or None, target)."""
     def load(epoch, index):
         entry, factor = teacher.entries[index], 1.0
         target = teacher.target(entry)
@@ -189,7 +183,6 @@ def batches(teacher, frozen, recipe, runtime, step, workers):
 # ---- student and loss -------------------------------------------------------------------------
 
 class Student(NamedTuple):
-    """A backbone of which some parameters are trained."""
     backbone: torch.nn.Module
     first: int | None  # first block with trained parameters; None if the embedding is trained
     parameters: list
@@ -198,11 +191,8 @@ class Student(NamedTuple):
 
 def select_trained(backbone, blocks, only=None):
     """Unfreeze the last `blocks` blocks ("all": the image tower), or a part in or before them.
-
-    Returns the index of the first block with trained parameters (None if gradients must reach
-    the embedding) and the parameters. OpenCLIP's last block uses no queries and keys (MaskCLIP).
-    They share a tensor with its values, so that their gradient is zero, not absent, and only
-    weight decay changes them, by 2e-9 a step at the paper's settings.
+    Return the first block with trained parameters (None if gradients must reach the embedding)
+    and the parameters. Weight decay also changes unused queries and keys of OpenCLIP's last block.
     """
     depth, first, named = len(backbone.blocks), None, backbone.visual.named_parameters()
     before_blocks = only in ("patch-embed", "pos-embed")
@@ -244,8 +234,8 @@ def distillation_loss(features, target, texts=None):
 
 
 def sum_gradients(parameters, loss, runtime):
-    """Sum gradients and the loss over processes. Returns the loss. The one exchange always has
-    the same layout, so that a resumed run adds in the same order."""
+    """Sum gradients and the loss over processes, in one exchange whose layout never changes, so
+    that a resumed run adds in the same order. Returns the loss."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     summed = runtime.sum(parameters_to_vector([*gradients, loss]))
     vector_to_parameters(summed[:-1], gradients)
@@ -293,7 +283,7 @@ def write_log(path, pending, runtime):
 
 
 def plot_log(path, points=1000):
-    """Draw the losses of a log in a file beside it, as means over equally many steps."""
+    """Draw the losses of a log, as means over equally many steps."""
     from matplotlib.figure import Figure
     curve = np.array([(entry["step"], entry["loss"]) for entry in read_lines(path)])
     run = math.ceil(len(curve) / points)
@@ -380,39 +370,23 @@ def locked(out):
 
 def load_student(teacher, classes, args, device):
     """Load the backbone that made the teacher's maps, and unfreeze what is to be trained."""
+    stride = args.frozen_stride
     backbone = load_backbone(**teacher.loading, device=device, text=classes is not None)
     if weights_hash(backbone) != teacher.settings["weights"]:
         raise RunError(f"{teacher.loading['name']} has other weights than when {teacher.folder} "
                        "was made; extract the feature maps again, into another folder")
     first, parameters = select_trained(backbone, args.train_blocks, args.train_only)
-    backbone.windows = choose_frozen_windows(backbone, first, args.frozen_stride)
-    texts = embed_texts(backbone, classes.flat) if classes else None
-    return Student(backbone, first, parameters, texts)
-
-
-def choose_frozen_windows(backbone, first, stride):
-    """Return the windows in which the blocks before `first` see an image, or None for stride 0.
-    Raise UsageError."""
-    if stride == 0:
-        return None
-    if not first:
+    backbone.windows = None
+    if stride and not first:
         raise UsageError("--frozen-stride: no block is frozen, so none can see windows; train "
                          "fewer blocks")
     if stride % backbone.patch:
         raise UsageError(f"--frozen-stride {stride}: must be a multiple of the patch, "
                          f"{backbone.patch}")
-    return FrozenWindows(first, choose_window(backbone, None, stride), stride)
-
-
-def finish(out, backbone, settings):
-    """Write the student, how it was trained, and its model card."""
-    loading = backbone.save(out)
-    log = read_lines(out / "log.jsonl")
-    write_json(out / "spar.json", {**settings, "loss": log[-1]["loss"] if log else None})
-    with contextlib.suppress(ModuleNotFoundError):  # extras/ may be missing
-        from extras.model_card import write_card
-        write_card(out)
-    print(f"student in {out}: {loading}")
+    if stride:
+        backbone.windows = FrozenWindows(first, choose_window(backbone, None, stride), stride)
+    texts = embed_texts(backbone, classes.flat) if classes else None
+    return Student(backbone, first, parameters, texts)
 
 
 def main(args):
@@ -448,9 +422,15 @@ def main(args):
             keep_settings(out / "spar.json", settings)
             remove_stale_files(out)
         runtime.barrier()
-        steps = train(student, teacher, frozen, recipe, runtime, args)
+        settings["steps"] = train(student, teacher, frozen, recipe, runtime, args)
         if runtime.rank == 0:
-            finish(out, student.backbone, {**settings, "steps": steps})
+            loading = student.backbone.save(out)
+            log = read_lines(out / "log.jsonl")
+            write_json(out / "spar.json", settings | {"loss": log[-1]["loss"] if log else None})
+            with contextlib.suppress(ModuleNotFoundError):  # extras/ may be missing
+                from extras.model_card import write_card
+                write_card(out)
+            print(f"student in {out}: {loading}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Stage 3: open-vocabulary segmentation with a student or a pre-trained backbone, scored or only
-shown (paper, section 4).
+"""Stage 3: open-vocabulary segmentation by a student or a pre-trained backbone (paper, section 4).
 
-Reads a student's folder (or loads a backbone by name), images, class names and, if there are any,
-label masks. Writes a table of IoU, the same as JSON (--json), label maps, overlays and PCA images
-(--save-maps), or an ONNX file (--export).
+Reads a student's folder or a backbone's name, images, class names and label masks, if any. Writes
+a table of IoU, also as JSON (--json), label maps (--save-maps), or an ONNX file (--export).
 
     python evaluate_ovs.py                                    # the demo: windows and student
     python evaluate_ovs.py --images photo.jpg --classes "cat, grass | lawn"    # your own words
@@ -17,67 +15,57 @@ label masks. Writes a table of IoU, the same as JSON (--json), label maps, overl
 The same command continues an interrupted run.
 """
 from data.flags import Parser, add_device_flags, bounded, filled, parse
-from data.selection import (add_data_flags, add_selection_flags, check_datasets, ending,
-                            load_models, maps_folder, open_datasets, read_selection)
+from data.selection import (add_data_flags, add_selection_flags, ending, load_models,
+                            maps_folder, open_datasets, read_selection)
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    positive = bounded(int, 1, 10 ** 9)
-    share = bounded(float, 0, 1)
+    positive, share = bounded(int, 1, 10 ** 9), bounded(float, 0, 1)
     add_selection_flags(parser)
     add_data_flags(parser)
     group = parser.add_argument_group("how")
-    sizes = group.add_mutually_exclusive_group()
-    add = group.add_argument
-    sizes.add_argument(
-        "--short-side", type=positive, nargs="+", metavar="N",
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--short-side", type=positive, nargs="+", metavar="N",
         help="resize images to a short side of N pixels, and a long one of at most 2048; several "
         "make a sweep (default: the benchmark's, mostly 672; --images keep their size)")
-    sizes.add_argument(
-        "--area", type=positive, nargs="+", metavar="N",
-        help="resize images to the area of a square of side N instead, so that all cost the "
-        "same; several make a sweep")
+    add("--area", type=positive, nargs="+", metavar="N", help="resize images to the area of a "
+        "square of side N instead, so that all cost the same; several make a sweep")
+    add = group.add_argument
     add("--upsampler", nargs="+", choices=["bilinear", "anyup"], default=["bilinear"],
-        help="how class similarities reach the pixels; both give two rows each. anyup is for "
-        "single passes, comes from torch.hub or --hub-dir, a clone of github.com/wimmerth/anyup, "
-        "and takes a minute per image on a CPU")
+        help="how class similarities reach the pixels; both give two rows each. anyup, for single "
+        "passes, is from torch.hub or --hub-dir, a clone of github.com/wimmerth/anyup; it takes a "
+        "minute per image on a CPU")
     add("--anyup-model", choices=["anyup_multi_backbone", "anyup"],
         default="anyup_multi_backbone", help="which published AnyUp weights (%(default)s)")
     add("--refine", nargs="+", choices=["none", "lposs", "lposs+"], default=["none"],
-        help="label propagation over patches (lposs) and then over pixels (lposs+); several give "
-        "a row each; the thresholds of benchmarks are for cosine similarities and do not apply")
+        help="label propagation over patches (lposs), then also over pixels (lposs+), without "
+        "the thresholds of benchmarks; several give a row each")
     add("--lposs", type=filled, nargs="+", metavar="KEY=VALUE", default=[],
         help="k=400 neighbours of a patch, gamma=3 power of their similarity, sigma=0.01 decay "
         "per pixel of distance, power=1 of that distance, alpha=0.95 weight of the neighbours, "
         "steps=10; of lposs+: tau=0.01 scale of colour differences, reach=6 pixels")
-    add("--logit-scale", type=bounded(float, 1e-6), metavar="X",
-        help="factor of similarities in the softmax that --prob-threshold looks at (default: the "
-        "benchmark's, else 40)")
+    add("--logit-scale", type=bounded(float, 1e-6), metavar="X", help="factor of similarities in "
+        "the softmax that --prob-threshold looks at (default: the benchmark's, else 40)")
     add("--prob-threshold", type=share, metavar="P",
         help="less probable pixels become background (default: the benchmark's, else 0)")
-    add("--area-threshold", type=share, metavar="P",
-        help="classes with no more than this share of the foreground are left out (default: the "
-        "benchmark's, else 0)")
+    add("--area-threshold", type=share, metavar="P", help="classes with no more than this share "
+        "of the foreground are left out (default: the benchmark's, else 0)")
     add = parser.add_argument_group("what to write").add_argument
     add("--json", type=ending(".json"), metavar="FILE", help="the results with every setting")
     add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE",
         help="mIoU against resolution and time")
-    add("--save-maps", type=filled, metavar="DIR",
-        help="label maps, overlays with a legend, PCA images and a contact sheet (runs/maps for "
-        "--images without --masks)")
-    add("--save-student", type=filled, metavar="DIR",
-        help="a file of the authors as a folder that open_clip loads; evaluates only with "
-        "--dataset or --images")
+    add("--save-maps", type=filled, metavar="DIR", help="label maps, overlays with a legend, "
+        "PCA images and a contact sheet (runs/maps for --images without --masks)")
+    add("--save-student", type=filled, metavar="DIR", help="a file of the authors as a folder "
+        "that open_clip loads; evaluates only with --dataset or --images")
     add("--export", type=ending(".onnx"), metavar="FILE",
         help="evaluate nothing: write an ONNX file that labels uint8 images (H, W, 3) of any "
         "size, or without --classes gives features; needs onnx, onnxscript and onnxruntime")
-    add("--plain-onnx", action="store_true",
-        help="--export for other runtimes than onnxruntime: only operators of opset 23, with "
-        "five times the memory at 1024 x 2048 pixels")
+    add("--plain-onnx", action="store_true", help="--export for other runtimes than onnxruntime: "
+        "only operators of opset 23, with five times the memory at 1024 x 2048 pixels")
     add("--state", type=filled, metavar="DIR", default="runs/evaluate",
-        help="where the counts of an unfinished run are kept, one folder for all processes "
-        "(%(default)s)")
+        help="the counts of an unfinished run, one folder for all processes (%(default)s)")
     add_device_flags(parser, seed="seed of random weights")
     return parse(parser, argv)
 
@@ -88,6 +76,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -99,10 +88,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (IGNORE, Stitcher, bilinear_strips, choose_window, default_stride,
-                    embed_texts, encode_windows, label_strips, prefetch, prepare, run_stage,
-                    start_runtime, stitch_axis, stitched_features, weights_hash)
-from data.files import RunError, UsageError, fit_to_patches
-from data.benchmarks import Dataset, Rule, Size, benchmark_rule, check_masks, load_sample
+                    embed_texts, encode_windows, label_strips, prefetch, prepare, require_finite,
+                    run_stage, start_runtime, stitch_axis, stitched_features, weights_hash)
+from data.files import RunError, UsageError, fit_to_patches, naming
+from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
+                             load_sample)
 from data.journal import Journal, files_state, text_hash
 from data.results import describe_settings, write_onnx, write_results
 
@@ -110,8 +100,7 @@ from data.results import describe_settings, write_onnx, write_results
 
 
 def confusion_matrix(labels, predictions, count):
-    """Return the pixels by label (rows) and prediction (columns): (count, count) int64. Pixels of
-    label 255 are not counted."""
+    """Return the pixels by label (rows), if not 255, and prediction: (count, count) int64."""
     kept = labels != IGNORE
     cells = labels[kept] * count + predictions[kept]
     return torch.bincount(cells, minlength=count * count).view(count, count)
@@ -120,13 +109,12 @@ def confusion_matrix(labels, predictions, count):
 def scores(confusion):
     """Return the IoU of each class, their mean and the pixel accuracy, in percent.
 
-    A class's IoU is its pixels in label and prediction over those in either, in one confusion
-    matrix over all images. It is nan for a class in neither, which the mean leaves out.
+    IoU is a class's pixels in label and prediction over those in either, over all images. It is
+    nan for a class in neither, which the mean leaves out.
     """
     confusion = confusion.double()
     hits = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    iou = 100 * hits / union
+    iou = 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits)
     accuracy = 100 * hits.sum() / confusion.sum()
     return iou, iou.nanmean().item(), accuracy.item()
 
@@ -155,12 +143,10 @@ class PixelStitcher(Stitcher):
 
     @staticmethod
     def neighbours(held, outputs):
-        """Return, for each output along a resized axis, the held pixels before and after it and
-        its position between them, 0 to 1."""
+        """Return the held pixels around each output of an axis, and where it is between, 0 to 1."""
         length = held[-1].item() + 1
         centres = torch.arange(outputs, dtype=torch.float64) + 0.5
-        positions = centres * length / outputs - 0.5
-        positions = positions.clamp(0, length - 1)
+        positions = (centres * length / outputs - 0.5).clamp(0, length - 1)
         after = torch.searchsorted(held, positions).clamp(min=1)
         before = after - 1
         fraction = (positions - held[before]) / (held[after] - held[before])
@@ -173,13 +159,11 @@ class PixelStitcher(Stitcher):
             [value.to(pixels.device) for value in self.neighbours(held, outputs)]
             for held, outputs in zip(self.held, size))
         left, right, across = columns
-        across = across.to(pixels)[:, None]
 
         def strip(first, last):
             above, below, down = (value[first:last] for value in rows)
-            down = down.to(pixels)[:, None, None]
-            lines = torch.lerp(pixels[above], pixels[below], down)
-            lines = torch.lerp(lines[:, left], lines[:, right], across)
+            lines = torch.lerp(pixels[above], pixels[below], down.to(pixels)[:, None, None])
+            lines = torch.lerp(lines[:, left], lines[:, right], across.to(pixels)[:, None])
             return lines.permute(2, 0, 1)  # (rows, W, N) -> (N, rows, W)
         return strip
 
@@ -188,8 +172,7 @@ class PixelStitcher(Stitcher):
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way to segment an image: a backbone, how it sees the image, and what happens to class
-    similarities before they become labels."""
+    """One way to segment an image: a backbone, what it sees, and how that becomes labels."""
     backbone: torch.nn.Module
     origin: str  # name of the pre-trained backbone, which decides on a benchmark's thresholds
     checkpoint: str | None = None  # of a student
@@ -217,8 +200,7 @@ class Method:
 
     @torch.no_grad()
     def predict(self, image, size, classes, texts, rule=Rule()):
-        """Segment (3, H, W) uint8 into classes, whose names have the unit vectors `texts`
-        (N, D): (*size) int64 on the CPU."""
+        """Segment (3, H, W) uint8 by the names' unit vectors (N, D): (*size) int64, on the CPU."""
         prepared = prepare(self.backbone, image)
         class_of_name = classes.class_of_name
         if self.refine != "none":
@@ -252,6 +234,7 @@ class Method:
                                  self.backbone.patch, prepared.device)
         for batch in similarities:
             stitcher.add(batch)  # (n, h, w, N)
+        require_finite(stitcher.result(), self.backbone)
         return stitcher
 
     def enlarge(self, image, similarities, size):
@@ -271,14 +254,12 @@ def label_of(name, refine="none", upsampler="bilinear"):
 def label_map(strip, size, class_of_name, rule=Rule()):
     """Return the class of each pixel, from strips of similarities (N, rows, W): (H, W) int64.
 
-    A class is as similar as its best synonym. Softmax keeps the order, so it is computed only
-    where a threshold needs a probability.
+    A class is as similar as its best synonym. Only thresholds need a softmax.
     """
     def assign(similarities, banned=None):
         allowed = similarities
         if banned is not None:
-            banned = banned.to(allowed.device)[:, None, None]
-            allowed = allowed.masked_fill(banned, -torch.inf)
+            allowed = allowed.masked_fill(banned.to(allowed.device)[:, None, None], -torch.inf)
         best, name = allowed.max(0)  # (rows, W)
         labels = class_of_name.to(name.device)[name]
         # areas are counted before the threshold applies
@@ -301,15 +282,9 @@ def label_map(strip, size, class_of_name, rule=Rule()):
 
 # ---- which methods, by which thresholds ------------------------------------------------------
 
-def usual_strides(backbone, window):
-    return [min(window) // 2, default_stride(backbone.patch)]
-
-
-def choose_methods(selection, runtime, strides=usual_strides):
-    """Return the selected ways to segment an image, a list of Method.
-
-    strides: a function of a backbone and its window (H, W), used where no stride is selected.
-    """
+def choose_methods(selection, runtime, strides=None):
+    """Return the selected ways to segment an image, a list of Method. strides: a function of a
+    backbone and its window (H, W), in place of half a window and the paper's stride."""
     slide = selection.compare or selection.inference == "sliding-window"
     if selection.inference and selection.compare:
         raise UsageError("--compare shows both kinds of inference; leave out --inference")
@@ -328,8 +303,9 @@ def choose_methods(selection, runtime, strides=usual_strides):
     sliding, slider = [], pretrained or student
     if slide:
         window = choose_window(slider, selection.window, 1)
-        chosen = dict.fromkeys(selection.stride or strides(slider, window))
-        sliding = [method(slider, stride) for stride in chosen]
+        usual = [min(window) // 2, default_stride(slider.patch)]
+        chosen = selection.stride or (strides(slider, window) if strides else usual)
+        sliding = [method(slider, stride) for stride in dict.fromkeys(chosen)]
     if selection.compare:
         return [method(pretrained), *sliding, method(student)]
     return sliding or [method(slider)]
@@ -351,21 +327,18 @@ def open_methods(args, selection, runtime):
         from extras.anyup import AnyUp
         anyup = AnyUp(args.anyup_model, args.hub_dir, args.random_init, runtime.device)
     rows = {}
-    for method in methods:
-        for refine in args.refine:
-            for upsampler in args.upsampler:
-                row = replace(method, refine=refine, lposs=None if refine == "none" else lposs)
-                if upsampler == "anyup" and not method.stride and refine != "lposs+":
-                    row = replace(row, anyup=anyup)
-                rows.setdefault(row.label, row)
+    for method, refine, upsampler in itertools.product(methods, args.refine, args.upsampler):
+        row = replace(method, refine=refine, lposs=None if refine == "none" else lposs)
+        if upsampler == "anyup" and not method.stride and refine != "lposs+":
+            row = replace(row, anyup=anyup)
+        rows.setdefault(row.label, row)
     return list(rows.values())
 
 
 def choose_rule(method, dataset, given):
     """Return the benchmark's thresholds for a method, except for those in `given`."""
-    rule = Rule()
-    if method.refine == "none":
-        rule = benchmark_rule(dataset.name, method.origin)
+    refined = method.refine != "none"
+    rule = Rule() if refined else benchmark_rule(dataset.name, method.origin)
     rule = replace(rule, **given)
     if (rule.threshold or rule.area_threshold) and not dataset.classes.background:
         raise UsageError("--prob-threshold and --area-threshold send pixels to a background "
@@ -378,8 +351,7 @@ def choose_rule(method, dataset, given):
 
 @dataclass(eq=False)
 class Evaluation:
-    """A row of a table: a method on a data set at one size by one rule, and what it counted.
-    Without masks, label 0 is taken to be everywhere."""
+    """A row of a table: a method on a data set at one size by one rule, and what it counted."""
     method: Method
     dataset: Dataset
     size: Size
@@ -388,24 +360,23 @@ class Evaluation:
     maps: Path | None  # folder for label maps
 
     def open(self, state, settings, runtime):
-        """Continue from a journal in the folder `state`, with a share of the missing images. Its
-        name tells apart all that counts depend on, the settings included."""
+        """Continue the journal named by all that counts depend on, with a share of what is left."""
         method, dataset = self.method, self.dataset
         depends = text_hash([
             settings, method.label, weights_hash(method.backbone), repr(method.lposs),
             method.anyup and method.anyup.digest, str(self.size), asdict(self.rule),
             dataset.classes.names, hashlib.sha256(self.texts.cpu().numpy()).hexdigest(),
             files_state(dataset), str(self.maps)])
-        name = Path(dataset.name).name[-40:]
-        name = f"{name}-{folder_name(method.label)}-{depends[:16]}.jsonl"
+        name = f"{Path(dataset.name).name[-40:]}-{folder_name(method.label)}-{depends[:16]}.jsonl"
         self.journal = Journal(Path(state) / name)
         self.journal.open(runtime, self.maps)
         missing = [index for index, image in enumerate(dataset.images)
                    if image not in self.journal.done]
         self.share = missing[runtime.rank::runtime.world]
 
-    def predict(self, resized, size):
-        return self.method.predict(resized, size, self.dataset.classes, self.texts, self.rule)
+    def predict(self, index, resized, size):
+        with naming(self.dataset.images[index]):
+            return self.method.predict(resized, size, self.dataset.classes, self.texts, self.rule)
 
     def draw(self, index, image, labels, resized):
         """Save the maps of an image."""
@@ -415,7 +386,7 @@ class Evaluation:
                   self.dataset.classes)
 
     def count(self, index, labels, predictions, seconds):
-        """Write an image's confusion matrix to the journal."""
+        """Write an image's confusion matrix to the journal, with label 0 where there are none."""
         labels = torch.zeros_like(predictions) if labels is None else labels
         confusion = confusion_matrix(labels, predictions, len(self.dataset.classes))
         self.journal.count(self.dataset.images[index], confusion, seconds)
@@ -439,8 +410,7 @@ class Evaluation:
             "stride": method.stride,
             "frozen_stride": windows.stride if windows else 0,
             "checkpoint": method.checkpoint,
-            "short_side": self.size.short_side,
-            "area": self.size.area,
+            **asdict(self.size),
             "miou": miou,
             "pixel_accuracy": accuracy,
             "images": len(seconds),
@@ -468,34 +438,23 @@ def evaluate(evaluation, runtime, workers=2):
             continue
         resized, size = evaluation.size.resize(image), image.shape[-2:]
         if not warm:
-            evaluation.predict(resized, size)  # not timed
+            evaluation.predict(index, resized, size)  # not timed
             warm = True
         started = time.perf_counter()
-        predictions = evaluation.predict(resized, size)  # (H, W)
+        predictions = evaluation.predict(index, resized, size)  # (H, W)
         seconds = time.perf_counter() - started
         if evaluation.maps:  # before the image counts as done
             evaluation.draw(index, image, predictions, resized)
         evaluation.count(index, labels, predictions, seconds)
 
 
-def evaluate_table(table, args, settings, runtime):
-    """Evaluate what one table compares. Return its results, in the first process."""
-    for evaluation in table:
-        evaluation.open(args.state, settings, runtime)
-    if runtime.rank == 0:
-        announce(table, args.state)
-    for evaluation in table:
-        evaluate(evaluation, runtime, args.workers)
-    runtime.barrier()  # until all have written their counts
-    return conclude(table) if runtime.rank == 0 else []
 
 
 def announce(table, state):
     """Print what is about to run on one data set at one size, and by which thresholds."""
     dataset = table[0].dataset
     count = len(dataset.images)
-    print(f"{dataset.name}: {count} images, {len(dataset.classes)} classes "
-          f"({len(dataset.classes.flat)} names), {table[0].size}")
+    print(f"{dataset.name}: {count} images, {dataset.classes}, {table[0].size}")
     for evaluation in table:
         rule = evaluation.rule
         if rule.threshold or rule.area_threshold:
@@ -510,8 +469,7 @@ def announce(table, state):
 
 def conclude(table):
     """Print and draw what all processes counted. Return the results, none without masks."""
-    dataset = table[0].dataset
-    count = len(dataset.images)
+    dataset, count = table[0].dataset, len(table[0].dataset.images)
     for evaluation in table:
         journal = evaluation.journal
         journal.read()
@@ -546,28 +504,23 @@ def print_table(results):
     names = list(results[0]["per_class_iou"])
     width = max(len("pixel accuracy"), *map(len, names)) + 2
     cell = max(18, *map(len, labels)) + 2
-
-    def print_line(title, texts):
-        cells = "".join(f"{text:>{cell}}" for text in texts)
-        print(f"{title:<{width}}{cells}")
-
-    print()
-    print_line("", labels)
+    lines = [("", labels)]
     for name in names:
         values = [row["per_class_iou"][name] for row in results]
-        print_line(name, ["-" if value is None else f"{value:.1f}" for value in values])
-    print_line("mIoU", [f"{row['miou']:.1f}" for row in results])
-    print_line("pixel accuracy", [f"{row['pixel_accuracy']:.1f}" for row in results])
-    print_line("seconds/image", [f"{row['seconds_per_image']:.3f}" for row in results])
+        lines.append((name, ["-" if value is None else f"{value:.1f}" for value in values]))
+    lines.append(("mIoU", [f"{row['miou']:.1f}" for row in results]))
+    lines.append(("pixel accuracy", [f"{row['pixel_accuracy']:.1f}" for row in results]))
+    lines.append(("seconds/image", [f"{row['seconds_per_image']:.3f}" for row in results]))
+    print()
+    for title, texts in lines:
+        print(f"{title:<{width}}" + "".join(f"{text:>{cell}}" for text in texts))
 
 
 def warn_of_nonsense(evaluation):
     """Print a warning of scores that a wrong label order, size or normalisation would give."""
     confusion, label = evaluation.confusion(), evaluation.method.label
-    titles = evaluation.dataset.classes.titles
-    _, _, accuracy = scores(confusion)
-    shares = confusion.sum(0) / confusion.sum()
-    share, winner = shares.max(0)
+    titles, accuracy = evaluation.dataset.classes.titles, scores(confusion)[2]
+    share, winner = (confusion.sum(0) / confusion.sum()).max(0)
     if len(titles) > 2 and accuracy < 200 / len(titles):
         print(f"warning: {label}: pixel accuracy {accuracy:.1f} % is less than twice that of "
               "guessing; are the class names in the labels' order?")
@@ -578,28 +531,25 @@ def warn_of_nonsense(evaluation):
 # ---- main ------------------------------------------------------------------------------------
 
 def plan_tables(args, methods, datasets, maps):
-    """Yield what each table compares on one data set at one size, a list of Evaluation."""
+    """Return what each table compares on one data set at one size, a list of Evaluation."""
     sizes = [Size(short_side=side) for side in dict.fromkeys(args.short_side or [])]
     sizes += [Size(area=side) for side in dict.fromkeys(args.area or [])]
-    given = {
-        "logit_scale": args.logit_scale,
-        "threshold": args.prob_threshold,
-        "area_threshold": args.area_threshold}
+    given = {"logit_scale": args.logit_scale, "threshold": args.prob_threshold,
+             "area_threshold": args.area_threshold}
     given = {name: value for name, value in given.items() if value is not None}
-    rules = {(method, dataset.name): choose_rule(method, dataset, given)
-             for method in methods for dataset in datasets}
+    tables = []
     for dataset in datasets:
+        rules = [choose_rule(method, dataset, given) for method in methods]
         # a student has the text tower of its teacher
         texts = embed_texts(methods[-1].backbone, dataset.classes.flat)
         for size in sizes or [dataset.size]:
             folder = subfolder(maps, dataset.name, datasets)
             folder = subfolder(folder, str(size.requested), sizes)
-            table = []
-            for method in methods:
-                rule = rules[method, dataset.name]
-                method_folder = subfolder(folder, method.label, methods)
-                table.append(Evaluation(method, dataset, size, rule, texts, method_folder))
-            yield table
+            tables.append([
+                Evaluation(method, dataset, size, rule, texts,
+                           subfolder(folder, method.label, methods))
+                for method, rule in zip(methods, rules)])
+    return tables
 
 
 def subfolder(folder, name, among):
@@ -614,10 +564,13 @@ def folder_name(label):
 def main(args):
     selection = read_selection(args)
     if args.export:
-        return write_onnx(args, selection, defaults=parse_args([]))
+        write_onnx(args, selection, defaults=parse_args([]))
+        return
     datasets = open_datasets(args)
     if args.check_data:
-        return check_datasets(datasets, args.workers, whole=args.limit is None)
+        if sum([check_data(dataset, args.workers, args.limit is None) for dataset in datasets]):
+            raise RunError("the data has the problems listed above")
+        return
     labelled = all(dataset.masks is not None for dataset in datasets)
     maps = maps_folder(args.save_maps, args.images, labelled)
     runtime = start_runtime(args.device, args.precision, args.seed)
@@ -628,14 +581,21 @@ def main(args):
     for dataset in datasets:
         check_masks(dataset, runtime, args.workers)
     settings = describe_settings(args, selection, methods, runtime)
-    results, finished = [], []
-    for table in plan_tables(args, methods, datasets, maps):
-        results += evaluate_table(table, args, settings, runtime)
-        finished += table
+    tables = plan_tables(args, methods, datasets, maps)
+    results = []
+    for table in tables:
+        for evaluation in table:
+            evaluation.open(args.state, settings, runtime)
+        if runtime.rank == 0:
+            announce(table, args.state)
+        for evaluation in table:
+            evaluate(evaluation, runtime, args.workers)
+        runtime.barrier()  # until all have written their counts
+        results += conclude(table) if runtime.rank == 0 else []
     if runtime.rank == 0:
         write_results(args, settings, results, methods, datasets, runtime)
-        for evaluation in finished:
-            evaluation.journal.remove()
+        for evaluation in itertools.chain(*tables):
+            evaluation.journal.path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """Stage 5: measure how good frozen patch features are without words (paper, supplement 10).
 
-knn: a patch takes the labels of the training patches nearest to it; nothing is trained. linear: a
-linear map from features to classes is trained. panoptic: the true masks are given, and their mean
-features are classified by the class names, kNN or the linear head.
-
-Reads a student's folder (or loads a backbone by name), labelled images to learn from and others
-to score. Writes a table, the same as JSON (--json), linear heads (--heads) and label maps
-(--save-maps).
+knn: a patch takes the labels of the nearest training patches. linear: a linear map from features
+to classes is trained. panoptic: the true masks are given, and their mean features are classified.
+In: a student's folder or the name of a backbone, labelled images to learn from and others to
+score. Out: a table, the same as JSON, linear heads and label maps.
 
     python evaluate_probes.py                                    # the demo, in two folds
     python evaluate_probes.py --probe knn linear --dataset ade20k --data-root /data --compare
@@ -18,65 +15,56 @@ to score. Writes a table, the same as JSON (--json), linear heads (--heads) and 
 The same command continues an interrupted run, also in the training of a linear head.
 """
 from data.flags import Parser, add_device_flags, bounded, filled, parse
-from data.selection import add_selection_flags, maps_folder, read_selection
-
-PROBES = ["knn", "linear", "panoptic"]
+from data.selection import add_selection_flags, ending, maps_folder, read_selection
 
 
 def parse_args(argv=None):
     parser, positive, share = Parser(__doc__), bounded(int, 1, 10 ** 9), bounded(float, 1e-6, 1)
     add = parser.add_argument_group("probes").add_argument
-    add("--probe", nargs="+", choices=PROBES, default=PROBES, help="(default: all three)")
+    probes = ["knn", "linear", "panoptic"]
+    add("--probe", nargs="+", choices=probes, default=probes, help="(default: all three)")
     add("--k", type=positive, default=30, help="knn: nearest patches that vote (%(default)s)")
-    add("--temperature", type=share, default=0.02, metavar="T",
-        help="knn: temperature of the softmax over their cosines (%(default)s)")
-    add("--bank-size", type=positive, metavar="N",
-        help="knn: keep at most N training patches, equally many per image, rare classes first "
-        "(default: all; they are never in memory together)")
-    add("--train-share", type=share, default=1.0, metavar="P",
-        help="knn: a random share of the training images (%(default)s; the paper: 0.5 of VOC, "
-        "0.3 of ADE20K)")
+    add("--temperature", type=share, default=0.02, help="knn: of the votes (%(default)s)")
+    add("--bank-size", type=positive, metavar="N", help="knn: keep at most N training patches, "
+        "equally many per image, rare classes first (default: all, never in memory together)")
+    add("--train-share", type=share, default=1.0, metavar="P", help="knn: a random share of the "
+        "training images (%(default)s; the paper: 0.5 of VOC, 0.3 of ADE20K)")
     add("--ignored", choices=["left-out", "class0"], default="left-out",
         help="knn: training pixels of 255; class0 as in open-hummingbird-eval (%(default)s)")
-    add("--steps", type=positive, metavar="N",
-        help="linear: steps of 16 images each (default: 40000 for ade20k, 20000 for the other "
-        "benchmarks, else 50)")
-    add("--lr", type=bounded(float, 1e-12, 1e30), metavar="X",
-        help="linear: first learning rate of AdamW, which falls to 0 (default: 1e-4 for "
-        "benchmarks, else 3e-2, for few steps)")
-    add("--crop", type=positive, metavar="N",
-        help="linear: train on random crops of N pixels with colour jitter and scales of 0.5 to "
-        "2, and test on windows of N pixels, the paper's \"repository resolution\": 512, "
-        "Cityscapes 1024 (default: whole images at their own size)")
+    add("--steps", type=positive, metavar="N", help="linear: steps of 16 images each (default: "
+        "40000 for ade20k, 20000 for the other benchmarks, else 50)")
+    add("--lr", type=bounded(float, 1e-12, 1e30), metavar="X", help="linear: first learning rate "
+        "of AdamW, which falls to 0 (default: 1e-4 for benchmarks, else 3e-2)")
+    add("--crop", type=positive, metavar="N", help="linear: train on random crops of N pixels with "
+        "colour jitter and scales of 0.5 to 2, and test on windows of N pixels, as in the paper's "
+        "\"repository resolution\": 512, Cityscapes 1024 (default: whole images)")
     add("--classifier", choices=["text", "knn", "linear"], default="text",
         help="panoptic: what classifies a mask (%(default)s)")
     add("--seeds", type=bounded(int, 0, 2 ** 63 - 1), nargs="+", default=[0], metavar="N",
         help="repeat what is random with each seed, and show mean and deviation (%(default)s)")
     add_selection_flags(parser)
     add = parser.add_argument_group("on what").add_argument
-    add("--dataset", type=filled, metavar="NAME",
-        help="demo (default, unless --images is given), voc21, voc20, cityscapes, ade20k, "
-        "context60 or context59, with its training images")
+    add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given), "
+        "voc21, voc20, cityscapes, ade20k, context60 or context59, with its training images")
     add("--data-root", type=filled, default="data", metavar="DIR", help="benchmarks (%(default)s)")
     add("--check-data", action="store_true", help="only check the files, of training images too")
     add("--images", type=filled, metavar="DIR", help="your own images to score")
     add("--masks", type=filled, metavar="DIR", help="their masks: PNG files of the same names")
-    add("--train-images", type=filled, metavar="DIR",
-        help="your own images to learn from (default: two folds over --images, each half learnt "
-        "from the other)")
+    add("--train-images", type=filled, metavar="DIR", help="your own images to learn from "
+        "(default: two folds over --images, each half learnt from the other)")
     add("--train-masks", type=filled, metavar="DIR", help="their masks")
     add("--classes", type=filled, metavar="FILE|NAMES", help="as in evaluate_ovs.py")
     add("--limit", type=positive, metavar="N", help="use only the first N images, for both")
     add("--head", type=filled, metavar="FILE",
         help="train nothing: label --images by this linear head, into --save-maps (runs/maps)")
     add = parser.add_argument_group("what to write").add_argument
-    add("--json", type=filled, metavar="FILE", help="the results with every setting")
+    add("--json", type=ending(".json"), metavar="FILE", help="the results with every setting")
     add("--save-maps", type=filled, metavar="DIR", help="label maps of knn and linear, PCA images")
     add("--heads", type=filled, default="runs/heads", metavar="DIR",
         help="linear heads; one of the same data and settings is not trained again (%(default)s)")
-    add("--keep-features", type=filled, metavar="DIR",
-        help="keep float16 feature maps in DIR, for later runs too (default: in --state until a "
-        "method is done), as long as the disk has room")
+    add("--keep-features", type=filled, metavar="{off,DIR}", help="keep float16 maps in DIR, "
+        "for later runs too, or compute them for each probe (default: in --state until a method is "
+        "done); as far as the disk has room")
     add("--state", type=filled, default="runs/probes", metavar="DIR",
         help="what an unfinished run has done; one folder for all processes (%(default)s)")
     add_device_flags(parser, seed="seed of random weights")
@@ -91,6 +79,7 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -102,10 +91,9 @@ from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, demo_
                              image_size, open_benchmark, own_images, read_classes, read_mask)
 from data.journal import files_state, text_hash
 from evaluate_ovs import choose_methods, confusion_matrix
-from extras.features import Features
-from extras.linear_head import describe_head, head_logits, read_head, train_head
-from extras.probes import (Settings, bank, draw_images, label_pixels, match_segments, nearest,
-                           pooled_segments, print_results, probe_result, segment_bank, vote)
+from extras.probes import (Features, Settings, bank, describe_head, head_logits, label_pixels,
+                           match_segments, nearest, pooled_segments, print_results, probe_result,
+                           read_head, train_head, vote)
 
 # ---- the probes ----------------------------------------------------------------------------------
 
@@ -121,37 +109,18 @@ class Fold:
 
     @property
     def name(self):
-        """What the names of its files begin with."""
-        method = self.test.method.name.replace("/", "-")
-        return f"{method}-{self.seed}-{self.number}"
-
-
-def open_folds(train, test, seed):
-    """Return one fold, or two over the same images, where each half is learnt from the other."""
-    learn = range(len(train.dataset.images))
-    score = range(len(test.dataset.images))
-    if train is not test:
-        return [Fold(train, learn, test, score, seed)]
-    even = learn[0::2]
-    odd = learn[1::2]
-    return [Fold(train, even, test, odd, seed, 0),
-            Fold(train, odd, test, even, seed, 1)]
+        return f"{self.test.folder_name}-{self.seed}-{self.number}"
 
 
 @dataclass
 class Prober:
-    """The probes. Each takes a fold, and returns what this process counts and in how many images.
-
-    texts: (N, D) unit vectors of the class names, for classifier "text". state: the folder of
-    finished folds. heads: how the paths of linear heads begin. maps: a folder for label maps, or
-    None. features: the folder of feature maps.
-    """
+    """The probes. Each returns what this process counts in a fold, and in how many images."""
     settings: Settings
-    texts: torch.Tensor | None
-    state: Path
-    heads: Path
-    maps: Path | None
-    features: Path
+    texts: torch.Tensor | None  # (N, D) unit vectors of the class names, for classifier "text"
+    state: Path  # folder of finished folds
+    heads: Path  # how the paths of linear heads begin
+    maps: Path | None  # folder of label maps
+    features: Path  # folder of feature maps
 
     def knn(self, fold):
         """Label patches by their nearest training patches: a confusion matrix."""
@@ -167,36 +136,31 @@ class Prober:
         queries = torch.cat(queries)  # all at once, while the bank comes in chunks
         chunks = bank(fold.train, self.draw(fold), settings, fold.seed)
         cosines, rows, shares = nearest(queries, chunks, settings.k)  # (Q, k), (Q, k), (R, K)
+        sizes = [height * width for height, width in grids.values()]
 
         def votes():
-            last = 0
-            for index, (height, width) in grids.items():
-                first = last
-                last = first + height * width
-                neighbours = shares[rows[first:last]]  # (h * w, k, K)
-                labels = vote(cosines[first:last], neighbours, settings.temperature)
-                yield index, labels.view(height, width, -1)
+            for index, near, found in zip(grids, cosines.split(sizes), rows.split(sizes)):
+                labels = vote(near, shares[found], settings.temperature)
+                yield index, labels.unflatten(0, grids[index])
         return self.count_pixels(fold, "knn", votes())
 
     def linear(self, fold):
         """Label patches by a linear head: a confusion matrix."""
-        head = self.head(fold)
+        test = fold.test
         crop = self.settings.crop
+        head = self.head(fold)
         if not crop:  # crops have feature maps of their own
-            fold.test.keep(fold.score)
-        mine = fold.test.share(fold.score)
-        logits = head_logits(head, fold.test, mine, crop)
+            test.keep(fold.score)
+        logits = head_logits(head, test, test.share(fold.score), crop)
         return self.count_pixels(fold, "linear", logits)
 
     def panoptic(self, fold):
         """Classify true masks: the counts of match_segments, with stuff as it is and merged."""
         test = fold.test
         test.keep(fold.score)
-        mine = test.share(fold.score)
-        segments = list(pooled_segments(test, mine))  # (vectors, areas, classes) of each image
-        vectors = [test.no_vectors]
-        vectors += [pooled for pooled, _, _ in segments]
-        predicted = self.classify(fold, torch.cat(vectors))
+        segments = list(pooled_segments(test, test.share(fold.score)))
+        vectors = [pooled for pooled, _, _ in segments]
+        predicted = self.classify(fold, torch.cat([test.no_vectors, *vectors]))
         lengths = [len(true) for _, _, true in segments]
         count = len(test.dataset.classes)
         stuff = set(range(count)) - test.dataset.things
@@ -210,20 +174,22 @@ class Prober:
         """Return the classes (S,) of mean features (S, D)."""
         settings = self.settings
         if settings.classifier == "linear":
-            head = self.head(fold)
-            return head(vectors).argmax(1).cpu()
+            return self.head(fold)(vectors).argmax(1).cpu()
         vectors = F.normalize(vectors, dim=-1)
         if settings.classifier == "text":
             names = (vectors @ self.texts.T).argmax(1)  # (S, D) @ (D, N)
             return fold.test.dataset.classes.class_of_name[names.cpu()]
-        chunks = segment_bank(fold.train, self.draw(fold))
+        count = len(fold.train.dataset.classes)
+        chunks = ((F.normalize(pooled, dim=-1), F.one_hot(true, count).half())  # (S, D), (S, K)
+                  for pooled, _, true in pooled_segments(fold.train, self.draw(fold)))
         cosines, rows, shares = nearest(vectors, chunks, settings.k)
-        labels = vote(cosines, shares[rows], settings.temperature)
-        return labels.argmax(1).cpu()
+        return vote(cosines, shares[rows], settings.temperature).argmax(1).cpu()
 
     def draw(self, fold):
         """Draw the training images of kNN, and keep their feature maps."""
-        learn = draw_images(fold.learn, self.settings.train_share, fold.seed)
+        count = max(1, round(self.settings.train_share * len(fold.learn)))
+        kept = np.random.default_rng(fold.seed).permutation(len(fold.learn))[:count]
+        learn = [fold.learn[k] for k in sorted(kept)]
         fold.train.keep(learn)
         return learn
 
@@ -233,15 +199,13 @@ class Prober:
         crop = self.settings.crop
         path = Path(f"{self.heads}-{fold.name}.safetensors")
         if path.is_file():
-            head, _ = read_head(path, train.runtime.device)
-            return head
+            return read_head(path, train.runtime.device)[0]
         if not crop:
             train.keep(fold.learn, flips=(False, True))
         state = path.with_suffix(".pt")  # of an interrupted training
         head = train_head(train, fold.learn, self.settings, fold.seed, state)
         if train.runtime.rank == 0:
-            about = describe_head(train, crop)
-            save_tensors(head, path, {"probe": json.dumps(about)})
+            save_tensors(head, path, {"probe": json.dumps(describe_head(train, crop))})
             state.unlink(missing_ok=True)
             images = "random crops" if crop else "whole images, without colour jitter"
             print(f"linear head in {path}: {self.settings.steps} steps on {images}")
@@ -249,26 +213,29 @@ class Prober:
 
     def count_pixels(self, fold, probe, logits_of_images):
         """Return the confusion matrix of images, from (index, logits (h, w, K)) of each."""
-        dataset = fold.test.dataset
+        test = fold.test
         images = 0
-        count = len(dataset.classes)
+        count = len(test.dataset.classes)
         confusion = torch.zeros(count, count, dtype=torch.int64)
         for index, logits in logits_of_images:
-            labels = read_mask(dataset, index)  # (H, W)
+            labels = read_mask(test.dataset, index)  # (H, W)
             predicted = label_pixels(logits, labels.shape)
             confusion += confusion_matrix(labels, predicted, count)
             images += 1
             if self.maps:
-                method = fold.test.method.name.replace("/", "-")
-                fold.test.draw(self.maps / method / probe, index, predicted)
+                test.draw(self.maps / test.folder_name / probe, index, predicted)
         return confusion, images
 
     def count(self, probe, train, test, seed):
-        """Return what all processes count in all folds, and in how many images. The folds that an
-        interrupted run finished are read."""
+        """Return what all processes count in one fold, or in two where train is test."""
         runtime = test.runtime
         total = images = 0
-        for fold in open_folds(train, test, seed):
+        learn = range(len(train.dataset.images))
+        score = range(len(test.dataset.images))
+        folds = [Fold(train, learn, test, score, seed)]
+        if train is test:
+            folds = [Fold(train, learn[k::2], test, score[1 - k::2], seed, k) for k in (0, 1)]
+        for fold in folds:
             path = self.state / f"{fold.name}-{probe}.json"
             if path.is_file():
                 with reading(path, "delete it, and it is counted again"):
@@ -277,8 +244,7 @@ class Prober:
                     scored = int(unit["images"])
             else:
                 counts, scored = getattr(self, probe)(fold)
-                counts = counts.double().to(runtime.device)
-                counts = runtime.sum(counts).cpu()
+                counts = runtime.sum(counts.double().to(runtime.device)).cpu()
                 scored = int(runtime.total(scored))  # by now, all have looked for the file
                 if runtime.rank == 0:
                     write_json(path, {"counts": counts.tolist(), "images": scored})
@@ -286,8 +252,6 @@ class Prober:
             images += scored
         return total, images
 
-
-# ---- a trained head on other images --------------------------------------------------------------
 
 def apply_head(args):
     """Label your own images by the linear head of a file."""
@@ -316,8 +280,6 @@ def apply_head(args):
 def check_flags(args):
     """Raise UsageError for flags that do not go together."""
     own = args.masks and args.classes and not args.dataset
-    if args.json and Path(args.json).suffix != ".json":
-        raise UsageError(f"--json {args.json}: must end in .json")
     if args.crop and "linear" not in (*args.probe, args.classifier):
         raise UsageError("--crop goes with --probe linear")
     if args.head and (args.masks or not args.images):
@@ -337,8 +299,8 @@ def open_data(args):
         classes = read_classes(args.classes)
         datasets = {"test": own_images(args.images, args.masks, classes, args.limit)}
         if args.train_images:
-            train = own_images(args.train_images, args.train_masks, classes, args.limit)
-            datasets["train"] = train
+            datasets["train"] = own_images(args.train_images, args.train_masks, classes,
+                                           args.limit)
     elif args.dataset in (None, "demo"):
         datasets = {"test": demo_images(args.classes, args.limit)}
     elif args.dataset in BENCHMARKS:
@@ -350,8 +312,8 @@ def open_data(args):
         segments = panoptic and args.classifier == "knn"
         datasets |= {part: open_benchmark(*files, part, segments) for part in parts.values()}
     else:
-        known = ", ".join(BENCHMARKS)
-        raise UsageError(f"--dataset {args.dataset}: unknown; known are demo, {known}")
+        raise UsageError(f"--dataset {args.dataset}: unknown; known are demo, "
+                         + ", ".join(BENCHMARKS))
     if len(datasets) == 1:
         parts = dict.fromkeys(args.probe, "test")
         if len(datasets["test"].images) < 2:
@@ -360,12 +322,10 @@ def open_data(args):
 
 
 def choose_settings(args):
-    """Return the settings of the probes. A few images need fewer and larger steps."""
-    chosen = {"steps": 50, "lr": 3e-2}
-    if args.dataset in BENCHMARKS:
-        chosen = {"steps": 20_000, "lr": 1e-4}  # benchmark-vfm-ss
-    if args.dataset == "ade20k":
-        chosen["steps"] = 40_000
+    """Return the settings of the probes."""
+    chosen = {}
+    if args.dataset in BENCHMARKS:  # benchmark-vfm-ss
+        chosen = {"steps": 40_000 if args.dataset == "ade20k" else 20_000, "lr": 1e-4}
     for field in fields(Settings):
         value = getattr(args, field.name, None)
         if value is not None:
@@ -374,13 +334,12 @@ def choose_settings(args):
 
 
 def describe_run(args, settings, methods, runtime):
-    """Return what results depend on besides the data, for --json and to recognise a run."""
-    weights = {method.name: weights_hash(method.backbone) for method in methods}
+    """Return what results depend on besides the data."""
     return {
         "backbone": methods[0].origin,
         "random_init": args.random_init,
         "checkpoint": methods[-1].checkpoint,
-        "weights": weights,
+        "weights": {method.name: weights_hash(method.backbone) for method in methods},
         "window": args.window,
         **asdict(settings),
         "limit": args.limit,
@@ -392,8 +351,8 @@ def describe_run(args, settings, methods, runtime):
 
 def open_methods(selection, crop, runtime):
     """Return the methods that the probes compare."""
-    strides = lambda backbone, window: [default_stride(backbone.patch)]
-    methods = choose_methods(selection, runtime, strides)
+    methods = choose_methods(selection, runtime,
+                             lambda backbone, window: [default_stride(backbone.patch)])
     patch = methods[0].backbone.patch
     if crop and crop % patch:
         raise UsageError(f"--crop {crop}: must be a multiple of the patch, {patch}")
@@ -412,32 +371,10 @@ def open_prober(args, settings, described, datasets, methods):
     name = Path(test.name).name[:40]  # so that no path is too long
     # a fold that was finished without maps is not finished where maps are wanted
     state = Path(args.state) / text_hash([digest, args.save_maps])[:12]
-    return Prober(
-        settings,
-        texts,
-        state,
-        heads=Path(args.heads) / f"{name}-{digest}",
-        maps=Path(args.save_maps) if args.save_maps else None,
-        features=Path(args.keep_features or state / "features"),
-    )
-
-
-def probe_method(method, prober, datasets, parts, runtime, workers):
-    """Return the results of all probes of a method."""
-    features = {}
-    results = []
-    for part, dataset in datasets.items():
-        features[part] = Features(method, dataset, runtime, workers, prober.features)
-    for probe, part in parts.items():
-        draws = []
-        for seed in prober.settings.useful_seeds(probe):
-            counts = prober.count(probe, features[part], features["test"], seed)
-            draws.append(counts)
-        result = probe_result(probe, method.name, datasets["test"], draws)
-        results.append(result)
-    if runtime.rank == 0:
-        shutil.rmtree(prober.state / "features", ignore_errors=True)
-    return results
+    heads = Path(args.heads) / f"{name}-{digest}"
+    maps = Path(args.save_maps) if args.save_maps else None
+    features = Path(args.keep_features or state / "features")
+    return Prober(settings, texts, state, heads, maps, features)
 
 
 def main(args):
@@ -447,9 +384,8 @@ def main(args):
         return
     datasets, parts = open_data(args)
     if args.check_data:
-        problems = [check_data(dataset, args.workers, args.limit is None)
-                    for dataset in datasets.values()]
-        if any(problems):
+        if any([check_data(dataset, args.workers, args.limit is None)
+                for dataset in datasets.values()]):
             raise RunError("the data has the problems listed above")
         return
     runtime = start_runtime(args.device, args.precision, args.seed)
@@ -461,15 +397,21 @@ def main(args):
     prober = open_prober(args, settings, described, datasets, methods)
     results = []
     for method in methods:
-        results += probe_method(method, prober, datasets, parts, runtime, args.workers)
+        features = {part: Features(method, dataset, runtime, args.workers, prober.features)
+                    for part, dataset in datasets.items()}
+        for probe, part in parts.items():
+            draws = [prober.count(probe, features[part], features["test"], seed)
+                     for seed in settings.useful_seeds(probe)]
+            results.append(probe_result(probe, method.name, datasets["test"], draws))
+        if runtime.rank == 0:
+            shutil.rmtree(prober.state / "features", ignore_errors=True)
     if runtime.rank > 0:
         return
     print_results(results)
     if args.json:
         test = datasets["test"]
         described |= {"device": str(runtime.device), "classes": test.classes.names}
-        report = {"dataset": test.name, "results": results, "settings": described}
-        write_json(args.json, report)
+        write_json(args.json, {"dataset": test.name, "results": results, "settings": described})
         print(f"results in {args.json}")
     shutil.rmtree(prober.state)
     remove_stale_files(args.state, age=3600)  # others may be running

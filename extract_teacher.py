@@ -67,9 +67,9 @@ from tqdm import tqdm
 from common import (DEMO, LOADING, choose_window, default_stride, load_backbone, open_features,
                     prefetch, run_stage, start_runtime, stitched_features, weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
-                        is_unchanged, keep_settings, list_images, nearest_multiple, planned_size,
-                        read_image, read_index, read_lines, remove_stale_files, require_room,
-                        save_array, write_lines)
+                        is_unchanged, keep_settings, list_images, naming, nearest_multiple,
+                        planned_size, read_image, read_index, read_lines, remove_stale_files,
+                        require_room, save_array, write_lines)
 
 # ---- augmentation: drawn once, since a feature map belongs to one version of an image --------
 
@@ -179,6 +179,9 @@ class AugmentedImages:
         return int(np.mean(sizes or [0]) * len(jobs))
 
 
+FLOAT16_MAX = 65504
+
+
 def job_of(entry):
     return entry["image"], entry["version"]
 
@@ -203,7 +206,11 @@ def extract(loaded, encode, out, suffix, strict):
         if pixels is None:
             append_lines(out / f"failures{suffix}.jsonl", entry)
             continue
-        features = encode(pixels)  # (3, H, W) uint8 -> (H / patch, W / patch, D)
+        with naming(entry["image"]):
+            features = encode(pixels)  # (3, H, W) uint8 -> (H / patch, W / patch, D)
+        if features.abs().max() > FLOAT16_MAX:
+            raise RunError(f"{entry['image']}: its features exceed {FLOAT16_MAX}, the largest "
+                           "float16; they cannot be stored")
         save_array(out / entry["file"], features.half().cpu().numpy())
         # after the file, so that every line of the index stands for a complete file
         append_lines(out / f"index{suffix}.jsonl", entry | {"grid": list(features.shape[:2])})

@@ -1,9 +1,8 @@
 """Stage 4: time single-pass and sliding-window inference as in the paper (supplement, section 8).
 
 In: the name of a backbone. Out: a table; with --json and --plot also a file and a figure. Only
-forward passes are timed, on random pixels. Each sub-batch of windows is run 10 times to warm up;
-the next pass is the paper's measure ("ms"), and the median of --repeats passes is printed beside
-it. An image's time is the sum over its sub-batches.
+forward passes are timed, on random pixels. After 10 passes to warm up, the next one is the paper's
+measure ("ms"), beside the median of --repeats passes, each summed over the sub-batches of windows.
 
     python time_inference.py                             # tiny, on a CPU, under a minute
     python time_inference.py --backbone openclip --random-init --sizes 448x448 672x896   # a GPU
@@ -22,7 +21,6 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add_backbone_flags(parser.add_argument_group("backbone"), default="tiny")
     parser.set_defaults(backbone="tiny")
-
     add = parser.add_argument_group("what to time").add_argument
     add("--sizes", type=height_x_width, nargs="+", metavar="HxW", help="image sizes in pixels, "
         "rounded to multiples of the patch (default: 1, 2 and 3 times the native side)")
@@ -35,11 +33,9 @@ def parse_args(argv=None):
         help="passes before the first measured one (%(default)s, as in the paper)")
     add("--repeats", type=bounded(int, 1), default=5, metavar="N",
         help="measured passes; the first one is the paper's measure (%(default)s)")
-
     add = parser.add_argument_group("output").add_argument
     add("--json", type=filled, metavar="FILE", help="write the table to FILE")
-    add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE",
-        help="plot milliseconds against pixels to FILE (.png, .pdf or .svg)")
+    add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE", help="plot the times")
     add_device_flags(parser, seed="seed of the pixels and of random weights")
     return parse(parser, argv)
 
@@ -65,14 +61,13 @@ from data.files import atomic_path, nearest_multiple, write_json
 
 
 def synchronised_time(device):
-    """Return the time in seconds, once the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed_passes(forward, batch, warmup, repeats, runtime):
-    """Run warmup + repeats passes on one batch and return the seconds of the last `repeats`."""
+    """Return the seconds of `repeats` passes on one batch, after `warmup` passes."""
     seconds = []
     for _ in range(warmup + repeats):
         started = synchronised_time(runtime.device)
@@ -105,7 +100,6 @@ def count_flops(backbone, size):
 
 
 def machine_and_versions(runtime):
-    """Return what a measurement depends on besides its flags."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if runtime.device.type == "cuda":
         machine = torch.cuda.get_device_name(runtime.device)
@@ -154,13 +148,8 @@ ROW = ("{height:>5}x{width:<5} {method:>19} {windows:>8} {ms:>10.1f} {ms_median:
        "{tflop:>9.4f} {tflops:>8.3f} {share_of_matrix_rate:>8.1%} {peak_gb:>8.2f} {ratio:>9}")
 
 
-def print_row(row):
-    ratio = row["ratio_to_single_pass"]
-    print(ROW.format(**row, ratio=f"{ratio:.1f}" if ratio else "-"), flush=True)
-
-
 def curves(rows):
-    """Return the pixels and the median milliseconds of each method: {method: (list, list)}."""
+    """Return {method: (pixels, median milliseconds)}, two lists for each."""
     points = {}
     for row in sorted(rows, key=lambda row: row["height"] * row["width"]):
         pixels, milliseconds = points.setdefault(row["method"], ([], []))
@@ -170,7 +159,7 @@ def curves(rows):
 
 
 def growth(rows):
-    """Return the exponent of time as a power of pixels for each method timed at several sizes."""
+    """Return the exponent of time as a power of pixels, per method timed at several sizes."""
     return {method: np.polyfit(np.log(pixels), np.log(milliseconds), deg=1)[0]
             for method, (pixels, milliseconds) in curves(rows).items() if len(set(pixels)) > 1}
 
@@ -188,50 +177,40 @@ def plot(rows, path):
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
 
-# ---- main -------------------------------------------------------------------------------------
-
-def choose_sizes(backbone, sizes):
-    """Return the sizes (H, W) to time, rounded to multiples of the patch; by default, three."""
-    if sizes is None:
-        height, width = backbone.window or (512, 512)
-        sizes = [(scale * height, scale * width) for scale in (1, 2, 3)]
-    return [[nearest_multiple(side, backbone.patch) for side in size] for size in sizes]
-
-
-def choose_strides(backbone, side, strides):
-    """Return the window (H, W) and the strides to time, each once, checked to fit together."""
-    window = choose_window(backbone, side, 0)
-    if strides is None:
-        strides = [0, min(window) // 2, default_stride(backbone.patch)] if window else [0]
-    for stride in strides:
-        choose_window(backbone, side, stride)
-    return window, list(dict.fromkeys(strides))
-
 
 def main(args):
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone = load_backbone(args.backbone, args.random_init, runtime.device,
                              hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
-    sizes = choose_sizes(backbone, args.sizes)
-    window, strides = choose_strides(backbone, args.window, args.strides)
+    height, width = backbone.window or (512, 512)
+    sizes = args.sizes or [(scale * height, scale * width) for scale in (1, 2, 3)]
+    strides = args.strides or [0]
+    if args.strides is None and (args.window or backbone.window):
+        strides += [(args.window or min(height, width)) // 2, default_stride(backbone.patch)]
+    for stride in strides:
+        window = choose_window(backbone, args.window, stride)
     rate = matrix_product_rate(runtime)  # to compare with
     settings = {"backbone": args.backbone, "random_init": args.random_init, "window": window,
                 "patch": backbone.patch, "batch_size": args.batch_size, "warmup": args.warmup,
                 "repeats": args.repeats, "matrix_tflops": round(rate / 1e12, 4),
                 **machine_and_versions(runtime)}
+    if args.random_init:
+        print("RANDOM weights (--random-init): times mean something, outputs do not")
     print(", ".join(f"{key} {value}" for key, value in settings.items()), HEADER, sep="\n")
 
     rows, passes = [], (args.batch_size, args.warmup, args.repeats)
     for size in sizes:
+        size = [nearest_multiple(side, backbone.patch) for side in size]
         image = torch.randn(3, *size, device=runtime.device)
         single = None  # median milliseconds of the single pass
-        for stride in strides:
+        for stride in dict.fromkeys(strides):
             row = measure(backbone, image, window, stride, passes, runtime)
             single = single if stride else row["ms_median"]
             row["share_of_matrix_rate"] = 1e12 * row["tflops"] / rate
             row["ratio_to_single_pass"] = single and row["ms_median"] / single
             rows.append(row)
-            print_row(row)
+            ratio = row["ratio_to_single_pass"]
+            print(ROW.format(**row, ratio=f"{ratio:.1f}" if ratio else "-"), flush=True)
 
     exponents = growth(rows)
     for method, exponent in exponents.items():

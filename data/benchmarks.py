@@ -1,13 +1,13 @@
 """Labelled images: class names, the six benchmarks, reading and checking images with masks.
 
 The folder layouts are those of the mmsegmentation data guide. data/classes/NAME.txt has a class
-per line in label order, with synonyms separated by commas: the names of published evaluations,
-including words that are glued together there. Functions raise UsageError for a list of classes
-that cannot be used, and RunError for a file that cannot.
+per line in label order, with commas between synonyms, as in published evaluations. Functions
+raise UsageError for a list of classes that cannot be used, and RunError for a file that cannot.
 """
 import functools
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import BACKBONES, DEMO, IGNORE, prefetch
-from data.files import (RunError, UsageError, exif_turn, list_images, read_image, read_json,
-                        reading, resize_image)
+from data.files import (RunError, UsageError, exif_orientation, list_images, read_image,
+                        read_json, reading, resize_image, upright)
 
 CLASS_FILES = Path(__file__).resolve().parent / "classes"
 
@@ -43,13 +43,13 @@ class Classes:
     def __len__(self):
         return len(self.names)
 
+    def __str__(self):
+        return f"{len(self)} classes ({len(self.flat)} names)"
+
 
 def read_classes(source, background=None):
     """Read classes from a file, one per line, or from a text like "cat, grass | lawn, sky".
-
-    background: words for a class 0 before them ("wall, floor"). A first class called "background"
-    is one, too.
-    """
+    background: words for a class 0 before them, which a first class called background is, too."""
     source, where = str(source), "classes"
     if os.path.isfile(source):  # also False for a text that is too long for a path
         where = f"classes {source}"
@@ -109,11 +109,8 @@ CITYSCAPES_TRAIN_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27
 
 @functools.cache
 def label_table(kind, count):
-    """Return the class of each value of a mask file, with `count` classes: (256,) int64.
-
-    kind: "plain" is 0..count-1; "zero-ignored" is 1..count, with 0 ignored; "cityscapes-ids" are
-    the raw labelIds. 255 is always ignored.
-    """
+    """Return the class of each value of a mask file, with `count` classes: (256,) int64. The kind
+    "plain" is 0..count-1, "zero-ignored" 1..count, and "cityscapes-ids" are raw labelIds."""
     table = np.full(256, OUT_OF_RANGE)
     table[IGNORE] = IGNORE
     if kind == "plain":
@@ -196,11 +193,9 @@ class Size:
 
 @dataclass(frozen=True)
 class Rule:
-    """How similarities become labels where there is a background, beyond the largest one.
-
-    A pixel whose largest probability, the softmax over all names of logit_scale times similarity,
-    is below `threshold` becomes label 0. Before that, a foreground class is dropped that wins at
-    most the share `area_threshold` of the foreground.
+    """How pixels become background, label 0: where the largest probability, the softmax over all
+    names of logit_scale times similarity, is below `threshold`. Before that, classes are dropped
+    that win at most the share `area_threshold` of the foreground.
     """
     logit_scale: float = 40.0
     threshold: float = 0.0
@@ -251,11 +246,8 @@ def benchmark_rule(name, backbone):
     """Return the rule for a backbone, given by its short name or by the id behind it."""
     if name not in BENCHMARKS:
         return Rule()  # without thresholds
-    rules = BENCHMARKS[name].rules
-    for known, rule in rules.items():
-        if BACKBONES.get(known, known) == BACKBONES.get(backbone, backbone):
-            return rule
-    return rules["*"]
+    rules = {BACKBONES.get(known, known): rule for known, rule in BENCHMARKS[name].rules.items()}
+    return rules.get(BACKBONES.get(backbone, backbone), rules["*"])
 
 
 # ---- data sets -------------------------------------------------------------------------------
@@ -276,15 +268,15 @@ class Dataset:
 
 
 def own_images(path, mask_root, classes, limit=None, name=None):
-    """Return a folder's images, or one image, as a Dataset.
-
-    A mask is the PNG file of the same relative name in mask_root, which may be None.
-    """
+    """Return a folder's images, or one, as a Dataset. Masks have their names in mask_root."""
     root, images = Path(path), list_images(path)[:limit]
     root = root.parent if root.is_file() else root
     if mask_root is None:
         return Dataset(name or str(path), root, images, None, None, classes)
+    # file systems differ in how they compose accents
+    stored = {unicodedata.normalize("NFC", str(path)): path for path in Path(mask_root).rglob("*")}
     masks = [Path(mask_root) / Path(image).with_suffix(".png") for image in images]
+    masks = [stored.get(unicodedata.normalize("NFC", str(mask)), mask) for mask in masks]
     image_of = {}
     for image, mask in zip(images, masks):
         if image_of.setdefault(mask, image) != image:
@@ -302,27 +294,27 @@ def demo_images(source=None, limit=None):
 
 
 def open_benchmark(name, data_root, source=None, limit=None, part="val", panoptic=False):
-    """Return a benchmark as a Dataset, with its images in a fixed order.
-
-    source: other names for its classes. part: a key of its layouts. panoptic: with true segments.
-    """
+    """Return a part of a benchmark as a Dataset, with other class names from a source if given."""
     benchmark, classes = BENCHMARKS[name], benchmark_classes(name, source)
     layout = benchmark.layouts[part]
     root = Path(data_root) / layout.folder
     names = image_names(name, layout, root)[:limit]
     images = [layout.images.format(image_name) for image_name in names]
-    found = [find_mask(layout, root, image_name) for image_name in names]
+    found = []  # the first mask that is there, and the kind of its label ids
+    for image_name in names:
+        masks = [(root / mask.format(image_name), kind) for mask, kind in layout.masks.items()]
+        found.append(next((each for each in masks if each[0].is_file()), masks[-1]))
     tables = [label_table(kind or benchmark.labels, benchmark.classes) for _, kind in found]
     segments, things = None, frozenset()
     if panoptic and layout.panoptic:
         listing, folder, kind = layout.panoptic
         table = label_table(kind, benchmark.classes)
         segments_of, things = read_panoptic(root / listing, root / folder, table)
-        ids = [Path(image_name).name for image_name in names]
-        missing = [image for image, image_id in zip(images, ids) if image_id not in segments_of]
+        segments = {image: segments_of.get(Path(image_name).name)
+                    for image, image_name in zip(images, names)}
+        missing = [image for image, found_segments in segments.items() if not found_segments]
         if missing:
             raise RunError(f"{root / listing} has no segments of {missing[0]}")
-        segments = {image: segments_of[image_id] for image, image_id in zip(images, ids)}
     return Dataset(name, root, images, [mask for mask, _ in found], tables, classes,
                    Size(benchmark.short_side), layout.count, segments, things)
 
@@ -347,18 +339,11 @@ def image_names(name, layout, root):
     return names
 
 
-def find_mask(layout, root, image_name):
-    """Return the path of a mask, the first that is there, and the kind of its label ids."""
-    candidates = [(root / pattern.format(image_name), kind)
-                  for pattern, kind in layout.masks.items()]
-    return next((found for found in candidates if found[0].is_file()), candidates[-1])
 
 
 def read_panoptic(path, folder, table):
-    """Read true segments without crowds from a panoptic JSON in COCO's format.
-
-    Returns {image id: (PNG file, {segment id: class})} and the classes that are things.
-    """
+    """Read true segments without crowds from a panoptic JSON in COCO's format. Return
+    {image id: (PNG file, {segment id: class})} and the classes that are things."""
     remedy = "make it with the benchmark's own tool, in COCO's panoptic format"
     report = read_json(path, remedy)
     segments = {}
@@ -377,10 +362,8 @@ def read_panoptic(path, folder, table):
 
 def image_size(path):
     """Return the (H, W) of the image that read_image would give, from the file's header."""
-    turns = Image.Transpose
     with reading(path, "replace this image, or remove it"), Image.open(path) as image:
-        sideways = exif_turn(image) in (turns.ROTATE_90, turns.ROTATE_270, turns.TRANSPOSE,
-                                        turns.TRANSVERSE)
+        sideways = exif_orientation(image) in (5, 6, 7, 8)
         return image.size if sideways else image.size[::-1]
 
 
@@ -391,8 +374,7 @@ def read_label_ids(path, size=None):
             raise RunError(f"{path} is a JPEG, whose compression changes labels; masks are PNG")
         # Pillow stretches grey levels of 2 and 4 bits to 0..255
         stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if image.format == "PNG" else None
-        turn = exif_turn(image)
-        ids = np.asarray(image if turn is None else image.transpose(turn))
+        ids = np.asarray(upright(image))
     if ids.ndim != 2:
         raise RunError(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")
     if ids.dtype.kind not in "bui":
@@ -428,8 +410,7 @@ def read_mask(dataset, index, size=None):
 
 
 def load_sample(dataset, index):
-    """Return an image (3, H, W) uint8, its mask (H, W) int64, and what is wrong with the image;
-    None for what there is not."""
+    """Return an image (3, H, W) uint8, its mask (H, W) int64 and an error, or None for each."""
     try:
         image = read_image(dataset.root / dataset.images[index])
     except RunError as error:
@@ -464,20 +445,16 @@ def true_segments(dataset, index, labels):
 
 
 def inspect(dataset, index, decode):
-    """Check an image and its mask. decode: read the whole image, not only its header.
-
-    Returns what is wrong with the image and with the mask (None for nothing), and how many of the
-    mask's pixels have each label id (256,).
-    """
-    path = dataset.root / dataset.images[index]
+    """Check an image, of which `decode` reads all, not only the header, and its mask. Return what
+    is wrong with each, or None, and how many pixels have each label id: (256,)."""
+    path, mask = dataset.root / dataset.images[index], dataset.masks and dataset.masks[index]
     size = bad_image = bad_mask = None
     pixels = np.zeros(256, np.int64)
     try:
         size = read_image(path).shape[-2:] if decode else image_size(path)
     except RunError as error:
         bad_image = str(error)
-    if dataset.masks is not None:
-        mask = dataset.masks[index]
+    if mask:
         try:
             if not mask.is_file():
                 raise RunError(f"{path} has no mask: {mask} does not exist")
@@ -490,27 +467,30 @@ def inspect(dataset, index, decode):
 
 
 def check_masks(dataset, runtime, workers):
-    """Raise RunError for a bad mask before the run, which skips bad images itself.
-
-    Returns which label ids each mask holds: (masks, 256) bool.
-    """
+    """Raise RunError for a bad mask. Print which classes no mask holds, and what is ignored."""
     if dataset.masks is None:
-        return None
-    present = torch.zeros(len(dataset.masks), 256)
+        return
+    total = torch.zeros(256, dtype=torch.float64)
     mine = range(runtime.rank, len(dataset.masks), runtime.world)
     inspections = prefetch(lambda k: inspect(dataset, k, decode=False), mine, workers)
-    progress = tqdm(inspections, total=len(mine), desc=f"masks of {dataset.name}", unit="mask",
-                    leave=False, disable=runtime.rank > 0)
-    for k, (_, problem, pixels) in zip(mine, progress):
+    for _, problem, pixels in tqdm(inspections, total=len(mine), unit="mask", leave=False,
+                                   desc=f"masks of {dataset.name}", disable=runtime.rank > 0):
         if problem:
             raise RunError(f"{problem} (--check-data lists all such files)")
-        present[k] = torch.from_numpy(pixels > 0)
-    return runtime.sum(present.to(runtime.device)).cpu() > 0
+        total += torch.from_numpy(pixels)
+    total = runtime.sum(total.to(runtime.device)).cpu()
+    tables = np.unique(np.stack(dataset.tables), axis=0)  # masks may be of two kinds
+    present = set(tables[:, total.numpy() > 0].ravel().tolist())
+    absent = [title for k, title in enumerate(dataset.classes.titles) if k not in present]
+    if absent:
+        runtime.print(f"in no mask of {dataset.name}: {', '.join(absent)}")
+    if total[IGNORE]:
+        runtime.print(f"{total[IGNORE] / total.sum():.1%} of the pixels of {dataset.name} have "
+                      f"label {IGNORE}, which is ignored")
 
 
 def check_data(dataset, workers, whole=True):
-    """Print what is there, what is wrong, and how often label ids occur. Return the number of
-    problems. whole: all images that the data set is known to have should be there."""
+    """Print what is there, with all images if `whole`, and what is wrong. Return how much is."""
     problems, count = [], len(dataset.images)
     pixels, files = np.zeros(256, np.int64), np.zeros(256, np.int64)
     if whole and dataset.known and count != dataset.known:
@@ -521,8 +501,7 @@ def check_data(dataset, workers, whole=True):
         pixels += counts
         files += counts > 0
     known = f" of the known {dataset.known}" if dataset.known else ""
-    print(f"\n{dataset.name}: {count}{known} images in {dataset.root}, "
-          f"{len(dataset.classes)} classes ({len(dataset.classes.flat)} names)")
+    print(f"\n{dataset.name}: {count}{known} images in {dataset.root}, {dataset.classes}")
     if dataset.masks is not None:
         print_label_ids(dataset, pixels, files)
     for problem in problems:

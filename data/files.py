@@ -46,8 +46,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Raise RunError, naming the file and the remedy, for whatever fails while a file is parsed
-    and its content is first used."""
+    """Raise RunError with file and remedy for whatever fails in parsing and first use."""
     try:
         yield
     except (UsageError, RunError):
@@ -65,15 +64,20 @@ def reading(path, remedy):
 
 
 @contextlib.contextmanager
-def atomic_path(path, durable=True):
-    """Yield a temporary path in path's folder, for the caller to write. On success it replaces
-    path, on failure it is removed, and RunError is raised for what the disk refused.
+def naming(image):
+    """Put an image's name before the text of a RunError."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{image}: {error}") from None
 
-    durable: wait until the data is on the disk, so that not even a power failure leaves half a
-    file.
-    """
+
+@contextlib.contextmanager
+def atomic_path(path, durable=True):
+    """Yield a temporary path, which replaces `path` on success. Raise RunError for what the disk
+    refused. durable: a power failure, too, leaves no half a file."""
     path = Path(path)
-    # a name of its own for each process that writes the same file; the last to finish wins
+    # each process has a name of its own; the last to finish wins
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +94,7 @@ def atomic_path(path, durable=True):
 
 
 def remove_stale_files(folder, age=0):
-    """Remove temporary files below a folder that killed processes left, older than `age`
-    seconds."""
+    """Remove what killed processes left below a folder, if older than `age` seconds."""
     ours_or_safetensors = re.compile(r"\.tmp(-[0-9a-f]{16}(\..*)?|\w{6})")
     for path in Path(folder).rglob(".tmp*"):
         if (ours_or_safetensors.fullmatch(path.name) and path.is_file()
@@ -123,8 +126,7 @@ def read_json(path, remedy):
 
 
 def read_lines(path):
-    """Return the objects in a .jsonl file, without lines that an interruption cut short: a list,
-    empty without the file."""
+    """Return a list of the objects in a .jsonl file, if any, without lines that were cut short."""
     entries = []
     for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -139,8 +141,7 @@ def write_lines(path, entries):
 
 
 def append_lines(path, *entries):
-    """Append objects to a .jsonl file in a single write, so that processes do not mix their
-    lines."""
+    """Append objects to a .jsonl file in one write, so that processes do not mix their lines."""
     lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
     try:
         with open(path, "ab", buffering=0) as file:
@@ -152,10 +153,9 @@ def append_lines(path, *entries):
 
 
 def read_index(folder):
-    """Return the index entries of extract_teacher.py, one per feature map, sorted: those of
-    index.jsonl and of its separate writers' index-*.jsonl. Raise RunError for a damaged one."""
+    """Return extract_teacher.py's index entries, sorted. Raise RunError for a damaged one."""
     entries = {}
-    # the writers' own lines are newer than the merged ones
+    # the lines of separate writers, index-*.jsonl, are newer than the merged ones
     for path in sorted(Path(folder).glob("index*.jsonl"),
                        key=lambda path: (path.name != "index.jsonl", path.name)):
         with reading(path, "delete that line and run extract_teacher.py again"):
@@ -166,13 +166,11 @@ def read_index(folder):
 
 
 def check_index_entry(entry):
-    """Raise ValueError or KeyError for an index entry that describes no augmented image, or
-    names files outside their folders."""
+    """Raise an error for an index entry of no augmented image, or of files outside the folder."""
     size, grid = planned_size(entry), entry["grid"]
     whole = [*size, *grid, *entry["resize"], *(entry["crop"] or ()), entry["version"]]
-    if len(size) != 2 or len(grid) != 2 or any(type(number) is not int for number in whole):
-        raise ValueError(f"no size or crop of an image in {json.dumps(entry)[:200]}")
-    if min(*size, *grid) < 1 or not isinstance(entry["flip"], bool):
+    if (len(size) != 2 or len(grid) != 2 or any(type(number) is not int for number in whole)
+            or min(*size, *grid) < 1 or not isinstance(entry["flip"], bool)):
         raise ValueError(f"no augmented image in {json.dumps(entry)[:200]}")
     for name in (entry["image"], entry["file"]):
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
@@ -188,8 +186,7 @@ def file_state(path):
 
 
 def is_unchanged(path, state):
-    """Return whether a file is still what file_state described. Its bytes are read only if its
-    date has changed."""
+    """Return whether a file is what file_state described; its bytes only count for a new date."""
     if not os.path.isfile(path):
         return False
     stat = os.stat(path)
@@ -214,11 +211,8 @@ def require_room(folder, need, what):
 
 
 def keep_settings(path, settings, free=(), flag="--out"):
-    """Keep a folder to one set of settings: write them on the first run, refuse others later.
-
-    path: the JSON file of the settings. free: keys that may differ, whose last value is kept.
-    flag: what names the folder. Raises UsageError.
-    """
+    """Write a folder's settings at `path` on the first run. Raise UsageError for others later,
+    except in keys that are `free`. flag: what names the folder."""
     path = Path(path)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +240,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def list_images(root):
-    """Return the images under a folder (or the one that is given itself) as sorted paths
-    relative to it. Links to folders are followed. Raise RunError where there are none."""
+    """Return a folder's images, or the given one, as sorted relative paths, at least one."""
     root, suffixes, unreadable = Path(root), ", ".join(sorted(IMAGE_SUFFIXES)), []
     if root.is_file():
         return [root.name]
@@ -280,32 +273,34 @@ EXIF_TURNS = {
 }
 
 
-def exif_turn(image):
-    """Return the turn that makes a PIL image upright, or None. Damaged metadata turns nothing."""
+def exif_orientation(image):
+    """Return the orientation of a PIL image, 1 to 8, of which 5 and more are sideways."""
     try:
-        return EXIF_TURNS.get(image.getexif().get(274))
+        return image.getexif().get(274)
     except Exception:  # Pillow raises many types for damaged metadata
         return None
 
 
+def upright(image):
+    """Return a PIL image turned as its EXIF data ask."""
+    turn = EXIF_TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image):
-    """Return a PIL image of any mode as an upright RGB tensor (3, H, W) uint8. Transparent
-    pixels are blended with white."""
-    turn = exif_turn(image)
-    image = image if turn is None else image.transpose(turn)
+    """Return a PIL image of any mode, on white and upright, as an RGB tensor (3, H, W) uint8."""
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         levels = np.asarray(image, np.float64).clip(0, 65535) / 257 + 0.5
         image = Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def as_tensor(image):
-    """Return an image as (3, H, W) uint8: a path, a PIL image, an array (H, W, 3) or a tensor
-    (3, H, W) of uint8. Raise TypeError for anything else."""
+    """Return an image of any kind as (3, H, W) uint8. Raise TypeError for what is none."""
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
@@ -320,15 +315,13 @@ def as_tensor(image):
 
 
 def read_image(path):
-    """Return an image file as (3, H, W) uint8. Raise RunError, naming it, if it cannot be
-    decoded."""
+    """Return an image file as (3, H, W) uint8. Raise RunError if it cannot be decoded."""
     with reading(path, "replace or remove it"), Image.open(path) as image:
         return to_rgb(image)
 
 
 def resize_image(image, size):
-    """Return (3, H, W) uint8 resized to (3, *size): bilinear without antialiasing, rounded to 8
-    bits, as in the published preprocessing."""
+    """Resize (3, H, W) uint8 as published: bilinear without antialiasing, rounded to 8 bits."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear",
@@ -342,16 +335,13 @@ def nearest_multiple(length, patch):
 
 
 def fit_to_patches(image, patch):
-    """Return (3, H, W) uint8 resampled to sides that are multiples of the patch, so that the
-    patch grid and the pixels stay aligned."""
+    """Resize (3, H, W) uint8 to multiples of the patch, so that its grid covers all pixels."""
     return resize_image(image, [nearest_multiple(side, patch) for side in image.shape[-2:]])
 
 
 def apply_augmentation(image, plan):
-    """Return the version of an image (3, H, W) uint8 that an index entry describes.
-
-    plan: {"resize": [H, W], "crop": [top, left, H', W'] or None, "flip": bool}.
-    """
+    """Return an image (3, H, W) uint8 resized, cropped and flipped as a plan says:
+    {"resize": [H, W], "crop": [top, left, H', W'] or None, "flip": bool}."""
     image = resize_image(image, plan["resize"])
     if plan["crop"] is not None:
         top, left, height, width = plan["crop"]

@@ -9,20 +9,15 @@ from data.files import append_lines, read_lines, reading, write_lines
 
 
 class Journal:
-    """A .jsonl file of images and their confusion matrices, where an interrupted run continues
-    and where torchrun's processes meet.
-
-    done: the entries of counted images, by image. failed: why the others could not be read.
-    """
+    """A .jsonl file of confusion matrices, which outlives a run and joins torchrun's processes.
+    done: the entries of counted images. failed: why others could not be read."""
 
     def __init__(self, path):
         self.path, self.done, self.failed = Path(path), {}, {}
 
     def open(self, runtime, maps=None):
-        """Read what an earlier run counted. maps: a folder that must hold these images' maps.
-
-        Failures and lines that were cut short are removed, so that their images are tried again.
-        """
+        """Read what an earlier run counted, of images with all maps in the folder `maps`, if given.
+        Other lines, such as failures, are removed, so that their images are tried again."""
         def is_done(entry):
             if maps and "counts" in entry:
                 from extras.drawing import has_maps
@@ -48,26 +43,22 @@ class Journal:
     def count(self, image, confusion, seconds):
         """Add an image's confusion matrix (K, K)."""
         cells = confusion.view(-1).nonzero()[:, 0]
-        counts = confusion.view(-1)[cells]
+        counts = confusion.view(-1)[cells].tolist()
         append_lines(self.path, {"image": image, "seconds": seconds, "cells": cells.tolist(),
-                                 "counts": counts.tolist()})
+                                 "counts": counts})
 
     def leave_out(self, image, error):
         """Add an image that could not be read."""
         append_lines(self.path, {"image": image, "error": error})
 
     def confusion(self, classes, images=None):
-        """Return the confusion matrix of some images, or of all that were counted, for a number
-        of classes K: (K, K) int64."""
+        """Return the confusion matrix of some images, or of all, with K classes: (K, K) int64."""
         total = torch.zeros(classes * classes, dtype=torch.int64)
         with reading(self.path, "delete it"):
             for image in self.done if images is None else images:
                 entry = self.done[image]
                 total[entry["cells"]] += torch.tensor(entry["counts"], dtype=torch.int64)
         return total.view(classes, classes)
-
-    def remove(self):
-        self.path.unlink(missing_ok=True)
 
 
 def text_hash(value):

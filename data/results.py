@@ -1,4 +1,5 @@
 """Files that evaluate_ovs.py writes: results with their settings, a model as ONNX."""
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,14 +67,12 @@ def update_card(folder, results):
     """Write a student's scores into its model card, if it has one and extras are there."""
     if not (folder / "spar.json").is_file():  # a file of the authors
         return
-    try:
+    with contextlib.suppress(ImportError):
         from extras.model_card import write_card
-    except ImportError:
-        return
-    try:
-        write_card(folder, results)
-    except RunError as error:  # it is not one of distill.py's, say
-        print(f"the model card lacks these scores: {error}")
+        try:
+            write_card(folder, results)
+        except RunError as error:  # it is not one of distill.py's, say
+            print(f"the model card lacks these scores: {error}")
 
 
 EXPORTED = ("checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights", "classes",
@@ -81,8 +80,7 @@ EXPORTED = ("checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights"
 
 
 def write_onnx(args, selection, defaults):
-    """Write the selected model as an ONNX file. Raise UsageError for flags, other than their
-    defaults, that the file would not follow."""
+    """Write an ONNX file. Raise UsageError for flags, not defaults, that it would not follow."""
     others = ["--" + name.replace("_", "-") for name, default in vars(defaults).items()
               if name not in EXPORTED and getattr(args, name) != default]
     if others:

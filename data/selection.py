@@ -31,8 +31,8 @@ def add_selection_flags(parser):
         "(default: scale for OpenCLIP's, which were trained so, and size for others)")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
     add("--stride", "--strides", type=positive, nargs="+", metavar="N", help="pixels between "
-        "sliding windows; several give a row each (default: 1.5 patches; evaluate_ovs.py also "
-        "takes half the window)")
+        "windows; several give a row each (default: 1.5 patches, in evaluate_ovs.py also half a "
+        "window)")
     add("--window", type=positive, metavar="N", help="side of the sliding window in pixels "
         "(default: the image size that the backbone was trained on)")
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
@@ -94,8 +94,7 @@ def read_selection(args):
 
 
 def load_models(selection, device):
-    """Return the pre-trained backbone and the student, None where it is not needed, and the name
-    of the pre-trained backbone."""
+    """Return the pre-trained backbone and the student, or None, and the name of the former."""
     from common import LOADING, load_backbone
     from data.files import UsageError
     name, checkpoint = selection.backbone, selection.checkpoint
@@ -121,10 +120,7 @@ def load_models(selection, device):
 
 
 def read_student(folder, backbone=None, needs_teacher=False):
-    """Return how the teacher of a student's folder was loaded: {"backbone": ..., ...}.
-
-    Raise RunError where there is no student, UsageError if its teacher is not this backbone.
-    """
+    """Return how a student's teacher was loaded: {"backbone": ..., ...}; it must be `backbone`."""
     from common import BACKBONES, MODEL_FILES
     from data.files import RunError, UsageError, read_json, reading
     if not folder.is_dir():
@@ -178,18 +174,10 @@ def open_datasets(args):
     return [open_benchmark(name, args.data_root, args.classes, args.limit) for name in names]
 
 
-def check_datasets(datasets, workers, whole):
-    """Print what is in each data set. Raise RunError where something is wrong with one. whole:
-    each must have all the images that it is known to have."""
-    from data.files import RunError
-    from data.benchmarks import check_data
-    if sum([check_data(dataset, workers, whole) for dataset in datasets]):
-        raise RunError("the data has the problems listed above")
 
 
 def maps_folder(save_maps, images, labelled):
-    """Return the folder for label maps, or None. Raise UsageError for one in which the next run
-    would look for images."""
+    """Return the folder for label maps, or None. Raise UsageError for one among the images."""
     from data.files import UsageError
     if not save_maps and labelled:
         return None

@@ -1,8 +1,5 @@
-"""What distill.py reads and stores of a teacher: the folder of extract_teacher.py, and the tokens
-that frozen blocks make of its images."""
+"""What distill.py reads and stores: a teacher's folder, and the tokens of frozen blocks."""
 import contextlib
-import hashlib
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +11,11 @@ from common import LOADING, open_features
 from data.files import (RunError, apply_augmentation, is_unchanged, nearest_multiple,
                         planned_size, read_image, read_index, read_json, read_lines, reading,
                         resize_image, save_array)
+from data.journal import text_hash
 
 
 def is_finite(values):
-    """Return whether float16 values are all finite, ten times faster than torch.isfinite on a
-    CPU: all bits of the exponent are set in infinity and NaN."""
+    """Return whether float16 values are all finite, ten times faster than torch.isfinite."""
     return bool(((values.view(torch.int16) & 0x7C00) != 0x7C00).all())
 
 
@@ -40,18 +37,15 @@ class Teacher:
             raise RunError(f"{folder} has {len(self.entries)} feature maps and lacks {missing}; "
                            "its extract_teacher.py command makes them, or give --partial to "
                            "train on those that are there")
-
-    @property
-    def smallest(self):
-        """The index entry with the fewest patches."""
-        return min(self.entries, key=lambda entry: math.prod(entry["grid"]))
+        self.smallest = min(self.entries, key=lambda entry: math.prod(entry["grid"]))
 
     def image(self, entry, factor=1.0):
         """Return the augmented image, rescaled by a factor: (3, H, W) uint8."""
         path = self.images / entry["image"]
         if not is_unchanged(path, entry):
             raise RunError(f"{path} is missing, or has changed since its feature map was made; "
-                           "run extract_teacher.py again")
+                           "run extract_teacher.py again (if its --images was moved, write the "
+                           f"new place into {self.folder / 'teacher.json'})")
         image = apply_augmentation(read_image(path), entry)
         if factor == 1:
             return image
@@ -71,21 +65,16 @@ class Teacher:
 
 
 class FrozenTokens:
-    """What enters the first trained block, on disk: one float16 .npy (n, C) per feature map.
+    """What enters the first trained block: a float16 .npy (n, C) per feature map on the disk."""
 
-    It is the same in every epoch, because the augmentation of each image is fixed. The name of
-    the folder is a hash of all that it depends on.
-    """
-
-    def __init__(self, root, teacher, student, precision, shape):
-        """shape: (1, n, C) of the tokens of the teacher's smallest image."""
+    def __init__(self, root, teacher, student, precision, example):
         first, windows = student.first, student.backbone.windows
-        self.entries, self.width = teacher.entries, shape[2]
-        self.extra = shape[1] - math.prod(teacher.smallest["grid"])  # class, register tokens
-        depends = json.dumps([teacher.loading["name"], teacher.settings["weights"],
-                              teacher.entries, first, windows and asdict(windows), precision])
-        digest = hashlib.sha256(depends.encode()).hexdigest()
-        self.folder = Path(root) / f"frozen-{first}-{digest[:8]}"
+        _, count, self.width = example.shape  # tokens of the teacher's smallest image
+        self.entries = teacher.entries
+        self.extra = count - math.prod(teacher.smallest["grid"])  # class, register tokens
+        depends = [teacher.loading["name"], teacher.settings["weights"], teacher.entries, first,
+                   windows and asdict(windows), precision]
+        self.folder = Path(root) / f"frozen-{first}-{text_hash(depends)[:8]}"
 
     def path(self, entry):
         return self.folder / entry["file"].removeprefix("features/")
@@ -94,7 +83,7 @@ class FrozenTokens:
         return math.prod(entry["grid"]) + self.extra, self.width
 
     def missing_bytes(self):
-        """Return how many bytes are still to be written, without the headers of the files."""
+        """Return how many bytes are still to be written."""
         return sum(2 * math.prod(self.shape(entry)) for entry in self.entries
                    if not self.path(entry).exists())
 
@@ -107,8 +96,7 @@ class FrozenTokens:
                 return tokens[None]
 
     def keep(self, entry, tokens):
-        """Store tokens (1, n, C) as float16. Return what was stored, so that runs which compute
-        tokens and runs which read them train alike to the last bit."""
+        """Store tokens (1, n, C) as float16. Return what was stored, on which to train."""
         tokens = tokens.half()
         save_array(self.path(entry), tokens[0].cpu().numpy())
         return tokens

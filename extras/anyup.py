@@ -10,13 +10,9 @@ from data.files import RunError, first_line
 
 
 class AnyUp(torch.nn.Module):
-    """Guided upsampling of similarities by the published code and weights. Only the attention is
-    computed in another way.
-
-    The published attention masks each pixel to a tenth of the image around it with a matrix of
-    pixels x patches (17 GB at 1024 x 2048). Here each tile of pixels meets only the patches that
-    its mask lets through. What remains is the encoders' memory, 3 kB per pixel, in fp32.
-    """
+    """Guided upsampling of similarities by the published code and weights. Its attention masks a
+    matrix of pixels x patches (17 GB at 1024 x 2048); here each tile of pixels meets only the
+    patches that its mask lets through."""
     CHECKPOINTS = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
 
     def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False,
@@ -49,8 +45,7 @@ class AnyUp(torch.nn.Module):
 
     @torch.no_grad()
     def strips(self, image, similarities, size):
-        """Return a function of (first, last) that gives these rows of (h, w, N) at `size`,
-        (N, rows, W), as bilinear_strips does. image: (3, H, W) uint8, the guide."""
+        """Enlarge (h, w, N) to `size` as bilinear_strips does, by an image (3, H, W) uint8."""
         if min(similarities.shape[:2]) < 2:
             print_once("AnyUp needs two patches along each side; smaller images are enlarged "
                        "bilinearly")
@@ -69,10 +64,7 @@ def print_once(text):
 
 
 class TiledAttention:
-    """AnyUp's cross-attention, one tile of pixels at a time.
-
-    queries: (1, C, H, W) of pixels. keys: (1, C, h, w) and values: (1, N, h, w) of patches.
-    """
+    """AnyUp's cross-attention of pixels (1, C, H, W) to patches (1, C or N, h, w), in tiles."""
 
     def __init__(self, block, queries, keys, values, side=32):
         self.block, self.queries, self.side = block, queries, side
@@ -87,16 +79,14 @@ class TiledAttention:
             for inputs, outputs in zip(keys.shape[:2], queries.shape[-2:]))
 
     def attended_span(self, inputs, outputs):
-        """Return the first and past-the-last patch that each pixel of an axis attends to,
-        (outputs, 2), in float32 and in the published order of operations."""
-        centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs
+        """Return the first and past-the-last patch of each pixel of an axis: (outputs, 2)."""
+        centres = (torch.arange(outputs, dtype=torch.float32) + 0.5) / outputs  # as published
         low = (centres - self.block.window_ratio).clamp(0, 1)
         high = (centres + self.block.window_ratio).clamp(0, 1)
         return torch.stack([(low * inputs).floor().long(), (high * inputs).ceil().long()], 1)
 
     def tile(self, queries, top, left):
-        """Return the similarities of a tile: its projected queries (rows, columns, C) ->
-        (rows, columns, N)."""
+        """Return a tile's similarities: queries (rows, columns, C) -> (rows, columns, N)."""
         spans, allowed = [], []
         for near in (self.rows[top:top + queries.shape[0]],
                      self.columns[left:left + queries.shape[1]]):
@@ -128,8 +118,7 @@ class TiledAttention:
 
 
 class InParts(torch.nn.Module):
-    """AnyUp's positional encoding, some positions at a time. As a whole it would be the network's
-    peak of memory."""
+    """AnyUp's positional encoding, some positions at a time, to lower the peak of memory."""
 
     def __init__(self, encode):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Label maps and features as images: palette PNGs, overlays with a legend, principal components,
-a contact sheet of several methods, and a table of class areas.
+"""Label maps and features as images, a contact sheet of methods, and a table of class areas.
 
 Images are (3, H, W) uint8, label maps (H, W) int64, feature maps (h, w, D).
 """
@@ -33,11 +32,9 @@ KNOWN_COLOURS = {
 # ---- one image -------------------------------------------------------------------------------
 
 def palette(classes):
-    """Return a colour for each class, (256, 3) uint8: the one that goes with its name, or
-    distinct ones by golden-ratio steps around the hue circle. Background is grey, ignored pixels
-    are black."""
+    """Return each class's colour, black for ignored pixels: (256, 3) uint8."""
     colours = np.zeros((256, 3), np.uint8)
-    for k, title in enumerate(classes.titles):
+    for k, title in enumerate(classes.titles):  # hues by golden-ratio steps
         saturation, value = (0.85, 0.6, 0.45)[k % 3], (0.95, 0.75, 0.55)[k // 3 % 3]
         levels = colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value)
         colours[k] = KNOWN_COLOURS.get(title, [round(255 * level) for level in levels])
@@ -46,15 +43,9 @@ def palette(classes):
     return colours
 
 
-def palette_image(labels, classes):
-    """Return a label map as a PIL image with a palette."""
-    image = Image.fromarray(labels.numpy().astype(np.uint8))
-    image.putpalette(palette(classes).ravel().tolist())
-    return image
 
 
-def draw_legend(draw, corner, colour, text):
-    left, top = corner
+def draw_legend(draw, left, top, colour, text):
     draw.rectangle([left, top, left + 12, top + 12], fill=tuple(colour.tolist()))
     draw.text((left + 18, top - 2), text, fill="black", font=ImageFont.load_default(13))
 
@@ -70,14 +61,13 @@ def overlay_image(image, labels, classes):
     sheet = Image.new("RGB", (width + 190, height), "white")
     sheet.paste(Image.fromarray(blend))
     for row, k in enumerate(shown):
-        draw_legend(ImageDraw.Draw(sheet), (width + 10, 6 + row * line), colours[k],
+        draw_legend(ImageDraw.Draw(sheet), width + 10, 6 + row * line, colours[k],
                     f"{classes.titles[k]}  {100 * areas[k]:.1f} %")
     return sheet
 
 
 def pca_image(features, size):
-    """Return the first three principal components of L2-normalised features (h, w, D) as red,
-    green and blue, at size (H, W)."""
+    """Return the three principal components of unit features (h, w, D) as RGB of size (H, W)."""
     flat = F.normalize(features.flatten(0, 1).float().cpu(), dim=-1)
     flat = flat - flat.mean(0)
     # (D, 3), the largest first
@@ -99,8 +89,7 @@ MAP_KINDS = ("labels", "overlay", "pca")
 
 
 def map_path(folder, name, kind):
-    """Return folder/NAME.KIND.png for an image of that name, which is shortened where a file
-    system could not take it."""
+    """Return folder/NAME.KIND.png, shortened where a file system could not take it."""
     path = folder / f"{name}.{kind}.png"
     encoded = os.fsencode(path.name)
     if len(encoded) > 255:
@@ -111,7 +100,9 @@ def map_path(folder, name, kind):
 
 def save_maps(folder, name, image, labels, features, classes):
     """Write NAME.labels.png (a palette PNG of class numbers), NAME.overlay.png, NAME.pca.png."""
-    images = (palette_image(labels, classes), overlay_image(image, labels, classes),
+    label_image = Image.fromarray(labels.numpy().astype(np.uint8))
+    label_image.putpalette(palette(classes).ravel().tolist())
+    images = (label_image, overlay_image(image, labels, classes),
               pca_image(features, labels.shape))
     for kind, drawn in zip(MAP_KINDS, images):
         save_image(drawn, map_path(folder, name, kind))
@@ -125,8 +116,7 @@ def has_maps(folder, name):
 # ---- what a table of evaluations compares ----------------------------------------------------
 
 def summarise_maps(table):
-    """Write what a list of Evaluations has in its folders of maps as one contact sheet, and
-    without masks a table of class areas."""
+    """Write a contact sheet of a table's maps, and without masks the areas of its classes."""
     folder = table[0].maps.parent if len(table) > 1 else table[0].maps
     if table[0].dataset.masks is None:
         write_shares(table, folder / "shares.csv")
@@ -135,8 +125,7 @@ def summarise_maps(table):
 
 
 def write_shares(table, path):
-    """Write which share of each image every class takes: a line each on the screen and in a CSV
-    file."""
+    """Print which share of each image every class takes, and write it as a CSV file."""
     titles, lines = table[0].dataset.classes.titles, []
     for evaluation in table:
         for name in sorted(evaluation.journal.done):
@@ -152,8 +141,7 @@ def write_shares(table, path):
 
 
 def draw_sheet(table, most=6):
-    """Return a contact sheet of images and label maps: of those where the last sliding window
-    leads the first method most (by the mIoU of the image alone), or else of the first ones."""
+    """Return a contact sheet of images, first where windows lead the first method in mIoU most."""
     from evaluate_ovs import scores
     dataset, first = table[0].dataset, table[0]
     names = [name for name in dataset.images
@@ -187,8 +175,7 @@ def title_of(evaluation):
 
 
 def contact_sheet(rows, titles, classes, height=150):
-    """Return images side by side: rows of (image, then label maps) under column titles, with a
-    legend below."""
+    """Return rows of (image, then label maps) under column titles, with a legend below."""
     colours, gap = palette(classes), 4
     strips = []
     for image, *label_maps in rows:
@@ -211,6 +198,6 @@ def contact_sheet(rows, titles, classes, height=150):
         for row, strip in enumerate(strips):
             sheet.paste(strip[column], (column * width, 22 + row * (height + gap)))
     for position, k in enumerate(shown):
-        corner = position % per_line * 130 + 2, bottom + position // per_line * 18
-        draw_legend(draw, corner, colours[k], classes.titles[k])
+        draw_legend(draw, position % per_line * 130 + 2, bottom + position // per_line * 18,
+                    colours[k], classes.titles[k])
     return sheet

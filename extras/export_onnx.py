@@ -3,8 +3,7 @@
 
 With class names: "image", uint8 (H, W, 3) -> "labels", uint8 (H, W), with the names in the file's
 metadata under "classes". Without: "images", uint8 (B, H, W, 3) -> "features", float32
-(B, H/p, W/p, D), comparable with text. H, W and B are any. The graph holds all that common.py
-does to an image from its RGB pixels on; it does not hold the text tower.
+(B, H/p, W/p, D), comparable with text. H, W and B are any. The file holds no text tower.
 
     import json, numpy, onnxruntime, PIL.Image
     session = onnxruntime.InferenceSession("segmenter.onnx")
@@ -16,6 +15,7 @@ import importlib.util
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,21 +67,17 @@ class Segmenter(Features):
                                  mode="bilinear", align_corners=False)[0]
             values, names = part.max(0)  # (H, W)
             if best is not None:
-                better = values > best
-                values = torch.where(better, values, best)
-                names = torch.where(better, names + first, winner)
+                names = torch.where(values > best, names + first, winner)
+                values = torch.maximum(values, best)
             best, winner = values, names
         return self.class_of_name[winner]
 
 
 def export(backbone, path, classes=None, plain=False):
-    """Write an ONNX file, once onnxruntime gave what torch gives at three sizes.
+    """Write an ONNX file, if onnxruntime gives what torch gives. Raise UsageError for a backbone
+    that cannot be exported, RunError if packages are missing or the file is wrong.
 
-    backbone: on the CPU, with its text tower if there are classes. classes: a Classes; without,
-    the file gives features. plain: use operators of opset 23 alone, without onnxruntime's
-    attention.
-    Raises UsageError for a backbone that cannot be exported, RunError if packages are missing or
-    the file is wrong.
+    backbone: on the CPU. classes: None for features. plain: without onnxruntime's own attention.
     """
     name = backbone.source["name"]
     refuse_export(backbone)
@@ -110,7 +106,10 @@ def export(backbone, path, classes=None, plain=False):
 
 
 def refuse_export(backbone):
-    """Raise RunError if packages are missing, UsageError if the weights are too large."""
+    """Raise RunError if packages are missing, UsageError for what no ONNX file can hold."""
+    if backbone.windows:
+        raise UsageError(f"backbone {backbone.source['name']}: its frozen blocks see "
+                         "windows, whose number depends on the image, which no ONNX graph holds")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RunError(f"ONNX files need {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -122,10 +121,7 @@ def refuse_export(backbone):
 
 @torch.no_grad()
 def to_onnx(module, example, dynamic, ends):
-    """Return a module of one input as a torch.onnx.ONNXProgram.
-
-    example: an input. dynamic: its dimensions of any size. ends: the names of input and output.
-    """
+    """Return a torch.onnx.ONNXProgram of a module, whose input has dynamic dimensions."""
     sizes = {dimension: torch.export.Dim.DYNAMIC for dimension in dynamic}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,19 +131,16 @@ def to_onnx(module, example, dynamic, ends):
 
 
 def use_contrib_attention(model):
-    """Replace opset 23's Attention by an operator of onnxruntime that holds one tile of the
-    attention matrix, not all of it: a fifth of the memory for `tiny` at 1024 x 2048."""
+    """Replace opset 23's Attention by onnxruntime's, which holds one tile of the matrix at a time:
+    a fifth of the memory for `tiny` at 1024 x 2048."""
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.pattern import RewriteRule
 
     def attention(op, queries, keys, values):
         return op.Attention(queries, keys, values, _outputs=["attended"])
 
-    def is_plain(context, queries, attended, **_):
-        attributes = attended.producer().attributes
-        causal = "is_causal" in attributes and attributes["is_causal"].value
-        heads_known = queries.shape is not None and isinstance(queries.shape[1], int)
-        return heads_known and not causal
+    def heads_are_known(context, queries, **_):
+        return queries.shape is not None and isinstance(queries.shape[1], int)
 
     def contrib(op, queries, keys, values, attended):
         heads = queries.shape[1]
@@ -162,26 +155,26 @@ def use_contrib_attention(model):
         result = op.Reshape(result, op.Constant(value_ints=[0, 0, heads, -1]))
         return op.Transpose(result, perm=[0, 2, 1, 3])
 
-    rewrite(model, [RewriteRule(attention, contrib, is_plain)])
+    rewrite(model, [RewriteRule(attention, contrib, heads_are_known)])
 
 
 def check(module, path, ends):
-    """Print how a file's outputs at three sizes differ from torch's. Raise RunError if they
-    differ too much."""
+    """Print how a file's outputs differ from torch's. Raise RunError if they do so too much."""
     import onnxruntime
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # as bytes, since onnxruntime refuses names that are not UTF-8
+    session = onnxruntime.InferenceSession(Path(path).read_bytes(),
+                                           providers=["CPUExecutionProvider"])
     backbone, generator = module.backbone, torch.Generator().manual_seed(0)
     height, width = backbone.window or (16 * backbone.patch, 16 * backbone.patch)
     sizes = (height, width), (height * 2 // 3 + 3, width + 5), (height * 5 // 4 + 7, width)
     for size in sizes:
         coarse = 255 * torch.rand(1, 3, 6, 7, generator=generator)
         image = F.interpolate(coarse, size=size, mode="bilinear")[0].to(torch.uint8)  # (3, H, W)
+        pixels = image.permute(1, 2, 0)  # (H, W, 3)
         if ends[1] == "labels":
             ours = label_pixels(backbone, image, module.texts, module.class_of_name)
-            pixels = image.permute(1, 2, 0)  # (H, W, 3)
         else:
-            ours = dense_features(backbone, image)[None]
-            pixels = image.permute(1, 2, 0)[None]  # (1, H, W, 3)
+            ours, pixels = dense_features(backbone, image)[None], pixels[None]
         what = f"{size[0]} x {size[1]} pixels in onnxruntime"
         try:
             theirs = session.run(None, {ends[0]: pixels.numpy()})[0]
@@ -195,8 +188,7 @@ def check(module, path, ends):
 
 
 def compare(theirs, ours):
-    """Return whether onnxruntime's labels or features are close enough to torch's, and how close
-    they are in words."""
+    """Return whether onnxruntime's labels or features are close to torch's, and how in words."""
     if theirs.dtype == np.uint8:
         agreement = np.mean(theirs == ours)
         return agreement >= MIN_AGREEMENT, f"{100 * agreement:.3f} % of the labels are torch's"

@@ -8,11 +8,7 @@ from data.files import UsageError
 
 
 class EvaViT(TimmViT):
-    """timm's Eva in open_clip (EVA-01 and EVA-02, PE-Core), whose blocks take rotary positions.
-
-    The positions are computed for the grid at hand, stretched over the native grid's range as
-    timm does.
-    """
+    """timm's Eva (EVA-01, EVA-02, PE-Core), whose blocks take rotary positions."""
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -29,8 +25,7 @@ class EvaViT(TimmViT):
 
 
 class NaFlexViT(TimmViT):
-    """timm's NaFlexVit in open_clip (SigLIP2 NaFlex), which takes any grid and resizes its
-    positions itself, bilinearly."""
+    """timm's NaFlexVit (SigLIP2 NaFlex), which resizes its positions itself, bilinearly."""
     positions = official_positions = None
 
     def set_sizes(self):
@@ -43,16 +38,14 @@ class NaFlexViT(TimmViT):
 
 
 def other_family(visual):
-    """Return the Backbone class for an image tower of open_clip that common.py does not know.
-    Raise UsageError, saying why, for one that has none."""
+    """Return the Backbone class for an image tower of open_clip. Raise UsageError."""
     import open_clip
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         raise UsageError("its image tower is a ResNet (ModifiedResNet), which has neither patch "
                          "tokens nor transformer blocks")
-    families = {Eva: EvaViT, NaFlexVit: NaFlexViT}
     trunk = type(visual.trunk)
-    if trunk in families:
-        return families[trunk]
+    if trunk in (Eva, NaFlexVit):
+        return EvaViT if trunk is Eva else NaFlexViT
     if issubclass(trunk, VisionTransformerRelPos):
         raise UsageError("its image tower has tables of relative positions, which belong to one "
                          "grid size")

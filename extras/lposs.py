@@ -1,20 +1,19 @@
-"""Label propagation: LPOSS (Stojnic et al., CVPR 2025), with the student in place of its two
-backbones (paper, supplement 9)."""
-import math
+"""Label propagation: LPOSS (Stojnic et al., CVPR 2025) with one backbone (supplement 9)."""
+import argparse
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 from common import bilinear_strips, window_starts
 from data.files import UsageError, fit_to_patches
+from data.flags import bounded
 
 
 @dataclass(frozen=True)
 class Lposs:
-    """What label propagation depends on. The defaults are those of its published code, for a
-    network with patches of 16 pixels."""
+    """Settings of label propagation, by default the published code's for patches of 16."""
     k: int = 400  # neighbours of a patch by its features, itself included
     gamma: float = 3.0  # power of a neighbour's cosine similarity
     sigma: float = 0.01  # decay per pixel of distance; a smaller one spreads labels further
@@ -25,44 +24,37 @@ class Lposs:
     reach: int = 6  # lposs+: pixels to each side that a pixel is joined with
 
 
-BOUNDS = {"k": (1, 10 ** 9), "alpha": (0, 1), "steps": (1, 10 ** 9), "tau": (1e-12, math.inf),
-          "reach": (1, 10 ** 9)}  # the lowest value, and one that is above all
-
-
 def read_settings(texts):
-    """Return the Lposs of ["k=200", "sigma=0.02"]. Raise UsageError for what cannot be."""
-    kinds, settings = {field.name: field.type for field in fields(Lposs)}, Lposs()
+    """Return the Lposs of ["k=200", "sigma=0.02"]. Raise UsageError."""
+    kinds, given = {field.name: field.type for field in fields(Lposs)}, {}
     for text in texts:
         name, _, value = text.partition("=")
         if name not in kinds:
             raise UsageError(f"--lposs {text}: give KEY=VALUE with a KEY of {', '.join(kinds)}")
+        low = {"k": 1, "steps": 1, "reach": 1, "alpha": 0, "tau": 1e-12}.get(name, -10 ** 9)
+        number = bounded(kinds[name], low, 0.999999 if name == "alpha" else 10 ** 9)
         try:
-            number = kinds[name](value)
-        except ValueError:
-            raise UsageError(f"--lposs {text}: {value!r} is not a number that {name} can "
-                             "have") from None
-        low, high = BOUNDS.get(name, (-math.inf, math.inf))
-        if not (math.isfinite(number) and low <= number < high):
-            raise UsageError(f"--lposs {text}: k, steps and reach must be at least 1, alpha from "
-                             "0 to below 1, tau above 0, and all of them finite")
-        settings = replace(settings, **{name: number})
-    return settings
+            given[name] = number(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"--lposs {text}: {error}") from None
+    return Lposs(**given)
 
 
 def propagated(method, image, prepared, texts):
-    """Return a Method's class similarities after propagation.
-
-    LPOSS propagates over the patches of a single pass, (h, w, N), or over those of all windows in
-    one graph, which are then stitched at pixels, (H, W, N). LPOSS+ continues over the pixels.
-    image: (3, H, W) uint8; prepared: the same for the backbone; texts: (N, D).
-    """
+    """Return a Method's similarities to texts (N, D) for an image (3, H, W) uint8 after propagation
+    over the patches of a single pass, (h, w, N), or of all windows in one graph, (H, W, N). LPOSS+
+    continues over the pixels. prepared: the image for the backbone."""
     size, patch = prepared.shape[-2:], method.backbone.patch
     if method.stride:
         maps = torch.cat(list(method.window_maps(prepared)))  # (n, h, w, D)
     else:
         maps = method.features(prepared)[None]
     maps = F.normalize(maps, dim=-1)
-    centres = patch_centres(size, maps.shape[1:3], patch, method.stride or max(size))
+    grid, stride = maps.shape[1:3], method.stride or max(size)
+    starts = [window_starts(length, cells * patch, stride) for length, cells in zip(size, grid)]
+    corners = torch.cartesian_prod(*map(torch.tensor, starts))  # (n, 2), (y, x) in pixels
+    cells = torch.cartesian_prod(*map(torch.arange, grid))  # (h * w, 2)
+    centres = (corners[:, None] + patch * cells + patch / 2).flatten(0, 1)  # (n * h * w, 2)
     flat = maps.flatten(0, 2)
     similarities = propagate_patches(flat, centres.to(flat), flat @ texts.T, method.lposs)
     similarities = similarities.unflatten(0, maps.shape[:3])  # (n, h, w, N)
@@ -77,15 +69,6 @@ def propagated(method, image, prepared, texts):
     return propagate_pixels(pixels, similarities, method.lposs)
 
 
-def patch_centres(size, grid, patch, stride):
-    """Return (y, x) in pixels of the centres of all patches of all windows with an (h, w) grid,
-    in reading order: (n * h * w, 2)."""
-    starts = [window_starts(length, cells * patch, stride) for length, cells in zip(size, grid)]
-    corners = torch.cartesian_prod(*map(torch.tensor, starts))  # (n, 2)
-    cells = torch.cartesian_prod(*map(torch.arange, grid))  # (h * w, 2)
-    return (corners[:, None] + patch * cells + patch / 2).flatten(0, 1)
-
-
 def best_synonyms(similarities, class_of_name):
     """Return the largest similarity among each class's names: (h, w, N) -> (h, w, K)."""
     count = int(class_of_name[-1]) + 1
@@ -95,12 +78,7 @@ def best_synonyms(similarities, class_of_name):
 
 
 def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
-    """Solve apply(X) = targets from 0, one system per row, each with its own step sizes:
-    targets (Q, ...) -> (Q, ...).
-
-    A row whose residual is below tolerance times its target stays as it is, and so does a row of
-    zeros.
-    """
+    """Solve apply(X) = targets (Q, ...) from 0, each row with its own step sizes and end."""
     def dot(a, b):
         return (a * b).flatten(1).sum(1, dtype=torch.float64)
 
@@ -122,13 +100,10 @@ def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
 
 
 def patch_graph(features, centres, lposs, values=2 ** 24):
-    """Return LPOSS' normalised adjacency S = D^-1/2 (A + A^T) D^-1/2 of patches: (M, M) sparse
-    float64, with entries that are computed in float32.
-
-    features: (M, D), L2-normalised. centres: (M, 2) in pixels of the network's input. A joins
-    each patch with its k nearest by features, itself excluded, with a weight of cosine^gamma *
-    exp(-sigma * distance^power). values: floats held at a time.
-    """
+    """Return LPOSS' normalised adjacency S = D^-1/2 (A + A^T) D^-1/2 of patches with features
+    (M, D), L2-normalised, and centres (M, 2) in pixels: (M, M) sparse float64. A joins each patch
+    with its k nearest by features, itself excluded, with a weight of cosine^gamma *
+    exp(-sigma * distance^power). values: floats held at a time."""
     count, neighbours, weights = len(features), [], []
     k, part = min(lposs.k, count), max(1, values // count)
     for first in range(0, count, part):
@@ -155,12 +130,8 @@ def patch_graph(features, centres, lposs, values=2 ** 24):
 
 
 def propagate_patches(features, centres, similarities, lposs):
-    """Return the similarities that LPOSS propagates, (M, N) float32, from (M, D) L2-normalised
-    features, (M, 2) centres and (M, N) cosine similarities.
-
-    They are (1 - alpha) (I - alpha S)^-1 applied to each name's column. The factor only keeps the
-    range of a similarity.
-    """
+    """Return (1 - alpha) (I - alpha S)^-1 similarities, (M, N) float32, for patches with features
+    (M, D), L2-normalised, centres (M, 2) and cosine similarities (M, N)."""
     graph = patch_graph(features, centres, lposs)
     solution = conjugate_gradients(lambda rows: rows - lposs.alpha * (graph @ rows.T).T,
                                    similarities.T.double(), lposs.steps)
@@ -180,12 +151,9 @@ def rgb_to_lab(image):
 
 
 class PixelGraph:
-    """LPOSS+'s normalised adjacency of the pixels of an image (3, H, W) uint8: each is joined
-    with the square around it by exp(-colour difference / tau).
-
-    There is no matrix, but a map of weights for half of the offsets, (2 reach^2 + 2 reach) x H x
-    W floats (84 for a reach of 6), and products of shifted maps.
-    """
+    """LPOSS+'s normalised adjacency of the pixels of an image (3, H, W) uint8: each is joined with
+    the square around it by exp(-colour difference / tau). Instead of a matrix there are maps of
+    weights, one for half of the offsets, and products of shifted maps."""
 
     def __init__(self, image, reach, tau):
         self.reach, self.size = reach, image.shape[-2:]
@@ -226,12 +194,8 @@ class PixelGraph:
 
 
 def propagate_pixels(image, similarities, lposs, values=2 ** 24):
-    """Return the similarities that LPOSS+ propagates over an image (3, H, W) uint8, from
-    (h, w, N) stretched to (H, W): (H, W, N) float32.
-
-    Ten steps on such a well-conditioned system lose no digit in float32 that a label depends on.
-    values: floats of one map held at a time.
-    """
+    """Return the similarities (H, W, N) float32 that LPOSS+ propagates over an image (3, H, W)
+    uint8, from (h, w, N). values: floats of one map held at a time."""
     height, width = image.shape[-2:]
     graph = PixelGraph(image, lposs.reach, lposs.tau)
     propagated = similarities.new_empty(similarities.shape[2], height, width)

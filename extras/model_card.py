@@ -26,8 +26,7 @@ model.load_state_dict(safetensors.torch.load_file("{DINOV3}"))''',
 
 
 def write_card(folder, results=()):
-    """Write a student's card from its spar.json. Add results (as in evaluate_ovs.py's --json) to
-    those that it shows. Return False for a card without a marker, which stays as it is."""
+    """Write a student's card, with more results. Return False for one without a marker, kept."""
     path, shown = Path(folder) / "README.md", []
     with reading(path, "delete it, and it will be written again"):
         if path.exists():
@@ -93,7 +92,11 @@ def how_made(settings, name):
     teacher = settings["teacher"]
     facts = {"teacher": name, "images": Path(teacher.get("images") or "").name or None,
              **{key: teacher.get(key) for key in ("window", "stride", "torch", "open_clip")},
-             **{key.replace("_", " "): settings.get(key) for key in SETTINGS}}
+             **{key.replace("_", " "): settings.get(key) for key in SETTINGS},
+             "frozen blocks": None}
+    if settings.get("frozen_stride"):
+        facts["frozen blocks"] = (f"see windows every {settings['frozen_stride']} pixels, as "
+                                  "common.py runs them; plain open_clip does not")
     return table([["", ""], *(fact for fact in facts.items() if fact[1] is not None)])
 
 

@@ -1,5 +1,4 @@
-"""Students that the method's authors published: checkpoints, which become folders like those of
-distill.py."""
+"""Checkpoints of the method's authors, which become folders like those of distill.py."""
 from pathlib import Path
 
 import torch
@@ -23,24 +22,25 @@ class Unread:
 
 
 def load_official(selection, device):
-    """Return the student that a Selection's checkpoint, a file of the authors, makes of its
-    backbone."""
+    """Return a Selection's backbone with the weights of its checkpoint, a file of the authors."""
     path = Path(selection.checkpoint)
     if not path.is_file():
         raise UsageError(f"--checkpoint {path}: no such file or folder")
     loading = {key: getattr(selection, key) for key in LOADING}
     student = load_backbone(selection.backbone, device=device, text=True, **loading)
     load_checkpoint(student, path)
-    choose_positions(student, selection.positions)
+    if selection.positions and student.positions is None:
+        raise UsageError(f"--positions {selection.positions}: this backbone resamples positions "
+                         "by a rule of its own; leave it out")
+    student.positions = selection.positions or student.official_positions
+    if student.positions:
+        print(f"positional embeddings are resized by {student.positions} (--positions)")
     return student
 
 
 def load_checkpoint(backbone, path):
-    """Fill a backbone from a checkpoint, a state dict of both towers or of the image tower alone.
-
-    Its keys are those of the model behind "model.", or behind "segmentor.net.model." as Lightning
-    saved them.
-    """
+    """Fill a backbone from a checkpoint, a state dict of both towers or of the image tower alone,
+    with keys behind "model.", or as Lightning saved them behind "segmentor.net.model."."""
     with reading(path, "fetch the file again"):
         pickled = not str(path).endswith(".safetensors")
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if pickled else []
@@ -58,28 +58,17 @@ def load_checkpoint(backbone, path):
         load_strictly(backbone.model, tensors, path)
 
 
-def choose_positions(backbone, rule):
-    """Let a student resample its positions by the rule, or if that is None as its kind was
-    trained."""
-    if rule and backbone.positions is None:
-        raise UsageError(f"--positions {rule}: this backbone resamples positions by a rule of "
-                         "its own; leave it out")
-    backbone.positions = rule or backbone.official_positions
-    if backbone.positions:
-        print(f"positional embeddings are resized by {backbone.positions} (--positions)")
 
 
 def save_student(student, folder, checkpoint, runtime):
-    """Write the folder that distill.py would have written, in the first process. checkpoint: the
-    student's file."""
+    """Write what distill.py would have written for a checkpoint's file, in the first process."""
     if runtime.rank > 0:
         return
-    folder = Path(folder)
-    note = folder / "spar.json"
+    note = Path(folder) / "spar.json"
     if note.exists() and "converted_from" not in read_json(note, "delete it"):
         raise UsageError(f"--save-student {folder} holds a student that distill.py trained; give "
                          "another folder")
-    loading = student.save(folder)
+    loading = student.save(Path(folder))
     teacher = {"backbone": student.source["name"],
                **{key: student.source[key] for key in LOADING}}
     write_json(note, {"teacher": teacher, "converted_from": checkpoint,

@@ -9,7 +9,6 @@ from evaluate_ovs import label_of
 
 
 def result_label(result):
-    """Return what a result's method is called."""
     return label_of(result["method"], result["refine"], result["upsampler"])
 
 
@@ -25,10 +24,8 @@ def print_summary(results):
     cells = {(result_label(result), result["dataset"], result_size(result)): result["miou"]
              for result in results}
     by_size = len(sizes) > 1 and len(datasets) < len(columns)
-    titles = []
-    for name, size in columns:
-        parts = [name] * (len(datasets) > 1) + [str(size.requested or "own size")] * by_size
-        titles.append(" ".join(parts))
+    titles = [" ".join([name] * (len(datasets) > 1)
+                       + [str(size.requested or "own size")] * by_size) for name, size in columns]
     averaged = len(datasets) > 1 and len(datasets) == len(columns)
     titles += ["average"] * averaged
     width, cell = max(map(len, labels)) + 2, max(10, *(len(title) + 2 for title in titles))
@@ -41,11 +38,7 @@ def print_summary(results):
 
 
 def plot(results, path):
-    """Plot mIoU against milliseconds, a line for each method through its resolutions, and where
-    there are several of them also against resolution.
-
-    Both are averages over the data sets that a method was evaluated on.
-    """
+    """Plot mIoU against time, and resolution if it varies, averaged over a method's data sets."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -70,8 +63,7 @@ def plot(results, path):
         by_area = any(result["area"] for result in results)
         panels[0, 0].set(ylabel="mIoU", xlabel="side of the square of the image's area in pixels"
                          if by_area else "short side of the image in pixels")
-    panels[0, -1].set(xscale="log", xlabel="milliseconds per image, all of inference",
-                      ylabel="mIoU")
+    panels[0, -1].set(xscale="log", xlabel="milliseconds per image", ylabel="mIoU")
     for panel in panels.flat:
         panel.grid(alpha=0.3, which="both")
     panels[0, -1].legend(fontsize=8)

@@ -1,20 +1,26 @@
-"""The mathematics of evaluate_probes.py (paper, supplement 10): nearest patches, true masks as
-their mean feature, and the scores of all probes. The linear head has a file of its own.
-
-Feature maps are (h, w, D), label maps (H, W) int64; `features` is a Features.
-"""
+"""What evaluate_probes.py computes (paper, supplement 10). Feature maps are (h, w, D), label maps
+(H, W) int64; `features` is a Features."""
+import json
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torchvision.transforms.v2 import functional as colour
 from tqdm import tqdm
 
-from common import IGNORE, bilinear_strips
-from data.files import RunError
+from common import IGNORE, bilinear_strips, prefetch, prepare, weights_hash
+from data.files import (RunError, atomic_path, free_bytes, nearest_multiple, read_image, reading,
+                        save_array)
 from data.benchmarks import nearest_labels, read_mask, true_segments
+from data.journal import files_state, text_hash
 from evaluate_ovs import label_map, scores
+from extras.drawing import save_maps
+
+SPARE = 10 ** 9  # bytes of a disk that kept feature maps leave free
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,88 @@ class Settings:
         return self.seeds if probe == "linear" or probe == "knn" and draws else self.seeds[:1]
 
 
+# ---- feature maps --------------------------------------------------------------------------------
+
+class Features:
+    """The feature maps (h, w, D) float16 that a method makes of a data set, kept in a folder as far
+    as the disk has room. An image that cannot be read has a map without patches."""
+
+    def __init__(self, method, dataset, runtime, workers, keep_in):
+        self.method, self.dataset = method, dataset
+        self.runtime, self.workers = runtime, workers
+        self.patch, self.dim = method.backbone.patch, method.backbone.dim
+        depends = [weights_hash(method.backbone), method.stride, method.window, runtime.precision,
+                   str(method.backbone.windows), files_state(dataset)]
+        self.keeps = str(keep_in) != "off"
+        self.folder = keep_in / text_hash(depends)[:12]
+        self.folder_name = method.name.replace("/", "-")
+        self.no_vectors = torch.zeros(0, self.dim, device=runtime.device)
+
+    def path(self, index, flip):
+        return self.folder / f"{index}{'-flip' * flip}.npy"
+
+    def read(self, index, flip=False):
+        """Read an image: (3, H, W) uint8, or None if it cannot be read."""
+        try:
+            image = read_image(self.dataset.root / self.dataset.images[index])
+        except RunError as error:
+            tqdm.write(f"left out: {error}")
+            return None
+        return image.flip(-1) if flip else image
+
+    def load(self, index, flip=False):
+        """Load the kept feature map, or else the image."""
+        path = self.path(index, flip)
+        if not path.is_file():
+            return self.read(index, flip)
+        with reading(path, "delete it, and it is computed again"):
+            return torch.from_numpy(np.load(path))
+
+    def encode(self, loaded):
+        """Return the feature map of what was loaded, on the device."""
+        if loaded is None:
+            loaded = torch.zeros(0, 0, self.dim, dtype=torch.float16)
+        if loaded.dtype == torch.uint8:
+            prepared = prepare(self.method.backbone, loaded)
+            loaded = self.method.features(prepared).half()
+        return loaded.to(self.runtime.device)
+
+    def stream(self, indices):
+        """Yield (index, feature map) of the readable images, in order."""
+        loaded_maps = prefetch(self.load, indices, self.workers)
+        for index, loaded in zip(self.progress(indices), loaded_maps):
+            features = self.encode(loaded)
+            if features.numel():
+                yield index, features
+
+    def keep(self, indices, flips=(False,)):
+        """Compute and keep this process's share of the maps, as long as the disk has room."""
+        jobs = [(index, flip) for index in indices for flip in flips]
+        # shared out by position, so that what other processes write meanwhile changes no share
+        mine = [job for job in self.share(jobs) if self.keeps and not self.path(*job).is_file()]
+        images = prefetch(lambda job: self.read(*job), mine, self.workers)
+        for job, image in zip(self.progress(mine), images):
+            if free_bytes(self.folder) < SPARE:
+                tqdm.write(f"the disk of {self.folder} is full; not all feature maps are kept")
+                break
+            save_array(self.path(*job), self.encode(image).cpu().numpy())
+        self.runtime.barrier()
+
+    def draw(self, folder, index, labels):
+        """Write the label map, the overlay and the PCA of an image."""
+        name, classes = self.dataset.images[index], self.dataset.classes
+        features = self.encode(self.load(index)).float()
+        save_maps(folder, name, read_image(self.dataset.root / name), labels, features, classes)
+
+    def share(self, items):
+        return items[self.runtime.rank::self.runtime.world]
+
+    def progress(self, items):
+        return tqdm(items, f"{self.dataset.name}, {self.method.name}", unit="map", leave=False,
+                    disable=self.runtime.rank > 0 or not items)
+
+
 # ---- kNN: in-context segmentation, as in open-hummingbird-eval 2.0 without its defects -----------
-
-def draw_images(indices, share, seed):
-    """Draw a random share of the training images."""
-    count = max(1, round(share * len(indices)))
-    kept = np.random.default_rng(seed).permutation(len(indices))[:count]
-    return [indices[k] for k in sorted(kept)]
-
 
 def patch_shares(labels, grid, patch, count, ignored="left-out"):
     """Return the share of each patch's pixels that each class has: (H, W) -> (h * w, count)."""
@@ -61,16 +141,14 @@ def patch_shares(labels, grid, patch, count, ignored="left-out"):
 
 
 def rare_patches(shares, most, generator):
-    """Choose at most `most` patches of an image, rare classes first: those with the smallest sum,
-    over the patch's classes, of how many patches hold the class, times a random number."""
+    """Choose at most `most` patches of an image at random, rare classes first."""
     present = (shares > 0).float()
     score = (present @ present.sum(0)) * torch.rand(len(shares), generator=generator)
     return score.topk(min(most, len(score)), largest=False).indices.sort().values
 
 
 def bank(features, indices, settings, seed, rows=2 ** 16):
-    """Yield the labelled patches of training images in chunks of about `rows`: unit vectors (R, D)
-    float32 and their shares of classes (R, K) float16."""
+    """Yield labelled patches: unit vectors (R, D) float32, shares of classes (R, K) float16."""
     count, chunk, held = len(features.dataset.classes), [], 0
     for index, image_features in features.stream(indices):
         labels = read_mask(features.dataset, index)
@@ -92,12 +170,8 @@ def bank(features, indices, settings, seed, rows=2 ** 16):
 
 
 def nearest(queries, chunks, k, block=1024):
-    """Find the k nearest rows to unit vectors (Q, D) in a bank of (unit vectors (R, D), shares of
-    classes (R, K)): cosines (Q, k) float32, row numbers (Q, k) and all shares, on the CPU.
-
-    The search is exact: the best of each chunk are merged with the best of those before it. A bank
-    with fewer than k rows leaves -inf and 0.
-    """
+    """Find the k nearest rows of a bank to unit vectors (Q, D), exactly: cosines (Q, k) float32,
+    row numbers (Q, k) and all shares, on the CPU. A bank of fewer rows leaves -inf and 0."""
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     rows = torch.zeros(best.shape, dtype=torch.int64, device=queries.device)
     shares, before = [], 0
@@ -123,12 +197,164 @@ def vote(cosines, shares, temperature):
     return (weights[:, None] @ shares.to(weights.device).float())[:, 0]
 
 
+# ---- linear: one map D -> K for every patch, as in benchmark-vfm-ss ------------------------------
+
+def schedule(indices, settings, seed):
+    """Return (index, flip) of the images of all steps, shuffled anew in each epoch."""
+    needed = settings.steps * settings.images_per_step
+    rng, epochs = np.random.default_rng(seed), math.ceil(needed / len(indices))
+    order = np.concatenate([rng.permutation(len(indices)) for _ in range(epochs)])
+    return [(indices[k], bool(flip)) for k, flip in zip(order, rng.random(needed) < 0.5)]
+
+
+def image_loss(head, features, labels):
+    """Return the cross-entropy of bilinearly enlarged logits, averaged over the labelled pixels."""
+    logits = head(features.float()).permute(2, 0, 1)[None].contiguous()  # faster on a CPU
+    logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
+    total = F.cross_entropy(logits, labels[None], ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def load_sample(features, index, flip, crop, seed):
+    """Load a feature map, or pixels (None if they cannot be read), and their labels (H, W)."""
+    labels = read_mask(features.dataset, index)
+    labels = labels.flip(-1) if flip else labels
+    if not crop:
+        size = [nearest_multiple(side, features.patch) for side in labels.shape]
+        return features.load(index, flip), nearest_labels(labels, size)
+    image = features.read(index, flip)
+    if image is None:
+        return None, labels
+    return random_crop(image, labels, crop, np.random.default_rng(seed))
+
+
+def train_head(features, indices, settings, seed, state):
+    """Return a linear head, trained by AdamW, also from the state of an interrupted training."""
+    runtime, size = features.runtime, settings.images_per_step
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(features.dim, len(features.dataset.classes)).to(runtime.device)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=settings.weight_decay)
+    start, saved, samples = 0, time.monotonic(), schedule(indices, settings, seed)
+    if state.is_file():
+        with reading(state, "delete it, and the head is trained anew"):
+            before = torch.load(state, map_location=runtime.device, weights_only=True)
+            head.load_state_dict(before["head"])
+            optimizer.load_state_dict(before["optimizer"])
+            start = before["step"]
+    runtime.barrier()  # before the first process writes the next state
+
+    def load_batch(step):
+        positions = range(step * size + runtime.rank, (step + 1) * size, runtime.world)
+        return [load_sample(features, *samples[position], settings.crop, [seed, position])
+                for position in positions]
+    steps = range(start, settings.steps)
+    progress = tqdm(steps, "linear head", initial=start, total=settings.steps, leave=False,
+                    disable=runtime.rank > 0)
+    for step, batch in zip(progress, prefetch(load_batch, steps, features.workers)):
+        for parameter in head.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for loaded, labels in batch:
+            image_features = features.encode(loaded)
+            if image_features.numel():
+                loss = image_loss(head, image_features, labels.to(runtime.device))
+                (loss / size).backward()
+        for parameter in head.parameters():
+            runtime.sum(parameter.grad)
+        optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps) ** 0.9
+        optimizer.step()
+        if runtime.rank == 0 and time.monotonic() - saved > 30:
+            with atomic_path(state) as temporary:
+                torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": step + 1}, temporary)
+            saved = time.monotonic()
+    return head.requires_grad_(False)
+
+
+def describe_head(features, crop):
+    """Return what a linear head's file says of it."""
+    method = features.method
+    return {"method": method.name, "backbone": method.origin, "crop": crop,
+            "weights": weights_hash(method.backbone), "stride": method.stride,
+            "window": list(method.window) if method.stride else None,
+            "classes": features.dataset.classes.names}
+
+
+def read_head(path, device):
+    """Return the linear head in a file, and what the file says of it. Raise RunError."""
+    with reading(path, "--probe linear writes one where there is none"):
+        with safe_open(path, "pt", str(device)) as file:
+            about = json.loads(file.metadata()["probe"])
+            tensors = {key: file.get_tensor(key) for key in ("weight", "bias")}
+        head = torch.nn.Linear(*tensors["weight"].shape[::-1], device=device)
+        head.load_state_dict(tensors)
+        for key in ("method", "backbone", "weights", "stride", "window", "crop", "classes"):
+            if key not in about:
+                raise ValueError(f"it does not say its {key}")
+        if len(about["classes"]) != head.out_features:
+            raise ValueError("it has not one output per class")
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise ValueError("it holds numbers that are not finite")
+    return head.requires_grad_(False), about
+
+
+def random_crop(image, labels, side, rng):
+    """Jitter colours, scale to 0.5 to 2 times what fits the crop, and crop, as the reference does:
+    (3, H, W) uint8, (H, W) -> (side, side), 0 and IGNORE outside."""
+    contrast = [(colour.adjust_contrast, rng.uniform(0.5, 1.5))]
+    tone = [(colour.adjust_saturation, rng.uniform(0.5, 1.5)),
+            (colour.adjust_hue, rng.uniform(-0.05, 0.05))]
+    tones = contrast + tone if rng.random() < 0.5 else tone + contrast
+    for adjust, factor in [(colour.adjust_brightness, rng.uniform(223 / 255, 287 / 255)), *tones]:
+        if rng.random() < 0.5:
+            image = adjust(image, factor)
+    scale = rng.uniform(0.5, 2) * min(side / length for length in labels.shape)
+    size = [max(1, int(length * scale)) for length in labels.shape]
+    image, labels = smooth_resize(image, size), nearest_labels(labels, size)
+    outside = (0, max(0, side - size[1]), 0, max(0, side - size[0]))
+    image, labels = F.pad(image, outside), F.pad(labels, outside, value=IGNORE)
+    top, left = (int(rng.integers(0, length - side + 1)) for length in labels.shape)
+    return image[:, top:top + side, left:left + side], labels[top:top + side, left:left + side]
+
+
+def smooth_resize(image, size):
+    """Resize bilinearly with antialiasing: (3, H, W) uint8 -> (3, *size)."""
+    resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear", antialias=True)
+    return resized[0].round().to(torch.uint8)
+
+
+def crop_logits(head, encode, image, side):
+    """Scale an image's short side to `side` and average the logits of windows: (H', W', K)."""
+    scale = max(side / length for length in image.shape[-2:])
+    image = smooth_resize(image, [round(length * scale) for length in image.shape[-2:]])
+    axis, length = (0, image.shape[1]) if image.shape[1] > image.shape[2] else (1, image.shape[2])
+    total = torch.zeros(*image.shape[1:], head.out_features, device=head.weight.device)
+    times = torch.zeros(*image.shape[1:], 1, device=head.weight.device)
+    count = math.ceil(length / side)
+    for k in range(count):
+        first = int(k * (length - side) / max(1, count - 1))
+        logits = head(encode(image.narrow(axis + 1, first, side)).float())
+        logits = bilinear_strips(logits, (side, side))(0, side).permute(1, 2, 0)
+        total.narrow(axis, first, side).add_(logits)
+        times.narrow(axis, first, side).add_(1)
+    return total / times
+
+
+def head_logits(head, features, indices, crop):
+    """Yield (index, logits (h, w, K)) of whole images, or of windows of `crop` pixels."""
+    if not crop:
+        for index, image_features in features.stream(indices):
+            yield index, head(image_features.float())
+        return
+    for index, image in zip(indices, prefetch(features.read, indices, features.workers)):
+        if image is not None:
+            yield index, crop_logits(head, features.encode, image, crop)
+
+
 # ---- panoptic: true masks, named by their mean feature -------------------------------------------
 
 def pool(features, segments, count):
-    """Return the mean feature of each of `count` segments, with patches weighted by how many pixels
-    of the segment they hold, and the areas: (h, w, D), (H, W) numbers (-1 for none) -> (count, D),
-    (count,)."""
+    """Return the mean feature of each segment's pixels, and the areas: (h, w, D), (H, W) numbers
+    below count (-1 for none) -> (count, D), (count,)."""
     (height, width), (rows, columns) = features.shape[:2], segments.shape
     patches = (torch.arange(rows) * height // rows)[:, None] * width
     patches = patches + torch.arange(columns) * width // columns  # of each pixel
@@ -149,20 +375,10 @@ def pooled_segments(features, indices):
         yield *pool(image_features, segments, len(classes)), classes
 
 
-def segment_bank(features, indices):
-    """Yield each image's true segments as a bank: unit vectors (S, D), one-hot classes (S, K)."""
-    count = len(features.dataset.classes)
-    for vectors, _, classes in pooled_segments(features, indices):
-        yield F.normalize(vectors, dim=-1), F.one_hot(classes, count).half()
-
-
 def match_segments(true, predicted, areas, classes, stuff=()):
-    """Count what the true masks of an image, each with a predicted class, add to panoptic quality:
-    true positives, false positives, false negatives and the sum of IoU of each class, (4, classes).
-
-    true, predicted, areas: (S,). stuff: classes of which an image has at most one segment, so that
-    masks that were predicted as the same one are merged first.
-    """
+    """Count true positives, false positives, false negatives and the sum of IoU of each class,
+    (4, classes), from an image's true masks: true and predicted classes and areas, (S,). Those
+    that were predicted as the same class of `stuff` are merged first."""
     merged = torch.isin(predicted, torch.tensor(sorted(stuff), dtype=torch.int64))
     group = torch.where(merged, -1 - predicted, torch.arange(len(true)))
     groups, group = group.unique(return_inverse=True)
@@ -189,9 +405,6 @@ def panoptic_scores(counts):
 
 
 # ---- scores --------------------------------------------------------------------------------------
-
-TITLES = {"miou": "mIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "pq_merged": "PQ, stuff merged"}
-
 
 def label_pixels(logits, size):
     """Return the largest of logits (h, w, K), enlarged bilinearly: (*size) int64."""
@@ -234,9 +447,10 @@ def probe_result(probe, method, dataset, draws):
 
 def print_results(results):
     """Print a line for each result."""
+    titles = {"miou": "mIoU", "pq": "PQ", "sq": "SQ", "rq": "RQ", "pq_merged": "PQ, stuff merged"}
     print(f"\n{'probe':<10}{'method':<20}images  percent")
     for result in results:
-        cells = [f"{title} {result[key]:.1f}" for key, title in TITLES.items() if key in result]
+        cells = [f"{title} {result[key]:.1f}" for key, title in titles.items() if key in result]
         if result["draws"] > 1:
             cells[0] += f" ± {result['deviation']:.1f}"
         print(f"{result['probe']:<10}{result['method']:<20}{result['images']:>6}  "

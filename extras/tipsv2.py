@@ -3,6 +3,7 @@ import functools
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,11 +22,8 @@ TIPSV2 = {
 
 
 class Tipsv2(Backbone):
-    """transformers' Tipsv2Model: a tower like DINOv2's with two class tokens.
-
-    Patches meet the text without a projection (MaskCLIP, as its authors do). Pixels stay in 0..1.
-    The tower resizes its positions itself, bilinearly and antialiased.
-    """
+    """transformers' Tipsv2Model: a tower like DINOv2's with two class tokens, that takes pixels in
+    0..1 and resizes its positions itself. Patches meet the text without a projection (MaskCLIP)."""
     visual_prefix = "vision_model."
     pooling = "class token"
 
@@ -54,7 +52,7 @@ class Tipsv2(Backbone):
 
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizer that the model was trained with. Raises RunError if it cannot be had."""
+        """The tokenizer that the model was trained with. Raises RunError."""
         from transformers import Tipsv2Tokenizer
         advice = (f"{files_advice(self.place)}; if there is only a tokenizer.model, "
                   "pip install sentencepiece protobuf")
@@ -75,12 +73,13 @@ class Tipsv2(Backbone):
                                        return_dict=True).pooler_output.float()
 
     def save(self, folder):
-        """Write a folder like the published ones, which transformers loads: weights,
-        configuration, tokenizer and image processor. Return how to load it."""
+        """Write a folder like the published ones. Return how transformers loads it."""
         from safetensors import SafetensorError
         from transformers import Tipsv2ImageProcessor
         size = dict(zip(("height", "width"), self.window))
         parts = [Tipsv2ImageProcessor(size=size), self.both_towers()]
+        if self.windows:
+            self.model.config.windows = asdict(self.windows)
         try:
             parts.append(self.tokenizer)
         except RunError as error:
@@ -102,7 +101,7 @@ class Tipsv2(Backbone):
 
 
 def files_advice(place):
-    """Return where a model's files can be had by hand, and where to put them."""
+    """Return where a model's files can be had, and where to put them."""
     if place not in TIPSV2:
         return "The folder must hold all files that save_pretrained of transformers writes"
     return (f"Without network, fetch all files of https://huggingface.co/{place} elsewhere, put "
@@ -110,33 +109,29 @@ def files_advice(place):
 
 
 def load_tipsv2(name, place, random_init):
-    """Load TIPSv2, or build its architecture alone. Raise RunError if it cannot be had.
-
-    name: what the user calls it. place: a repository on huggingface.co, or a folder.
-    """
+    """Load TIPSv2 from a repository on huggingface.co or a folder. Raise RunError."""
     try:
         from transformers import Tipsv2Config, Tipsv2Model
     except ImportError:
         raise RunError(f"backbone {name} needs transformers 5.14 or newer: pip install "
                        "'transformers>=5.14'") from None
     with loading(f"backbone {name}", files_advice(place)):
+        if random_init and place not in TIPSV2:
+            return Tipsv2(Tipsv2Model(Tipsv2Config.from_pretrained(place)), place)
         if random_init:
-            config = (published_config(*TIPSV2[place]) if place in TIPSV2
-                      else Tipsv2Config.from_pretrained(place))
+            width, blocks, heads, hidden, text_blocks, swiglu = TIPSV2[place]
+            both = {"hidden_size": width, "num_attention_heads": heads}
+            config = Tipsv2Config(
+                vision_config=both | {"num_hidden_layers": blocks, "mlp_ratio": hidden / width,
+                                      "use_swiglu_ffn": swiglu},
+                text_config=both | {"num_hidden_layers": text_blocks,
+                                    "intermediate_size": hidden})
             return Tipsv2(Tipsv2Model(config), place)
         model, found = Tipsv2Model.from_pretrained(
             place, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True)  # these are refused below
     refuse_misfits({"missing": found["missing_keys"], "unknown": found["unexpected_keys"],
                     "of another shape": [key for key, *_ in found["mismatched_keys"]]}, place)
-    return Tipsv2(model, place)
-
-
-def published_config(width, blocks, heads, hidden, text_blocks, swiglu):
-    """Return transformers' configuration of a line of TIPSV2."""
-    from transformers import Tipsv2Config
-    both = {"hidden_size": width, "num_attention_heads": heads}
-    return Tipsv2Config(
-        vision_config=both | {"num_hidden_layers": blocks, "mlp_ratio": hidden / width,
-                              "use_swiglu_ffn": swiglu},
-        text_config=both | {"num_hidden_layers": text_blocks, "intermediate_size": hidden})
+    backbone = Tipsv2(model, place)
+    backbone.set_windows(getattr(model.config, "windows", None), place)
+    return backbone

@@ -16,6 +16,7 @@ the machine's matrix products.
 single-pass: encode_dense on 672 x 896 pixels against the library's own blocks on the same tokens.
 student: the same single pass against the windows of stride 24 (eight of them, scaled up), with a
 ViT-B/16 of native size 512.
+frozen-windows: a student whose first ten blocks see windows, against the plain one.
 evaluation: 150 classes at 512 x 683, from the file to the labels, against its encoder alone.
 knn: the exact search of evaluate_probes.py, 768 features, k = 30, against its matrix products.
 memory: resident memory while 200 images are extracted and evaluated with tiny.
@@ -53,8 +54,8 @@ import common
 import distill
 import evaluate_ovs
 import extract_teacher
-from common import (NativeViT, Runtime, Stitcher, cut_windows, dense_features, label_strips,
-                    load_backbone, prepare, start_runtime, window_starts)
+from common import (FrozenWindows, NativeViT, Runtime, Stitcher, cut_windows, dense_features,
+                    label_strips, load_backbone, prepare, start_runtime, window_starts)
 from data.files import apply_augmentation, read_image, read_index, write_json
 from data.benchmarks import Classes
 from extras.probes import nearest
@@ -335,6 +336,34 @@ def measure_student(args, work, runtime):
     return result
 
 
+def measure_windows(args, work, runtime):
+    """Compare students whose first ten blocks see windows with the plain student."""
+    backbone, result = load_backbone("siglip2", True, runtime.device), {}
+    for size in ((672, 896), (1024, 2048)):
+        image, rows = torch.randn(1, 3, *size, device=runtime.device), {}
+
+        def encode(stride):
+            backbone.windows = FrozenWindows(10, backbone.window, stride) if stride else None
+            return backbone.encode_dense(image)
+        with torch.no_grad(), runtime.autocast():
+            seconds = in_turns(args.rounds, runtime.device, **{
+                str(stride): lambda stride=stride: encode(stride) for stride in (0, 512, 256)})
+            for stride in (0, 512, 256):
+                reset_peak_memory(runtime.device)
+                encode(stride)
+                row = {"seconds": statistics.median(seconds[str(stride)]),
+                       "ratio": median_ratio(seconds[str(stride)], seconds["0"]),
+                       "peak_gb": peak_memory(runtime.device) / 1e9,
+                       "tflop": count_flops(backbone, size) / 1e12}
+                rows[stride] = row
+                row["by_operations"] = row["tflop"] / rows[0]["tflop"]
+                print("ViT-B/16-512, {}x{}, frozen stride {}: {seconds:.2f} s, {ratio:.2f} of the "
+                      "plain student, {by_operations:.2f} by operations, peak {peak_gb:.2f} GB"
+                      .format(*size, stride, **row))
+        result["x".join(map(str, size))] = rows
+    return result
+
+
 def measure_evaluation(args, work, runtime):
     backbone, size = load_backbone("ViT-B-16", True, runtime.device), (512, 683)
     (path,) = make_images(work / "evaluation", 1, size)
@@ -478,7 +507,7 @@ def our_loop(clock, count, *flags):
         return len(clock.notes) % count in (0, count - 1)
 
     with contextlib.ExitStack() as patches:
-        for name in ("save_state", "plot_log", "finish"):
+        for name in ("save_state", "plot_log"):
             patches.enter_context(mock.patch.object(distill, name))
         patches.enter_context(noting(clock, torch.amp.GradScaler, "update", wait))
         run(distill, "--train-blocks", TRAINED, "--lr", 2e-5, "--workers", 1, *flags)
@@ -555,6 +584,7 @@ def distill_memory(args, work):
 
 MEASURES = {"stitching": measure_stitching, "extraction": measure_extraction,
             "single-pass": measure_single_pass, "student": measure_student,
+            "frozen-windows": measure_windows,
             "evaluation": measure_evaluation, "knn": measure_knn, "memory": measure_memory,
             "help": measure_help, "distill": measure_distill}
 

@@ -148,6 +148,7 @@ def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, 
     (["--images", "IMAGES"], 2, "--classes"),
     (["--classes", "cat"], 2, "classes cat"),
     (["--images", "IMAGES", "--classes", "cat, cat"], 2, "'cat'"),
+    (["--images", "IMAGES", "--classes", "cat", "--json", "x.json"], 2, "--masks"),
     (["--images", "IMAGES", "--classes", "cat", "--masks", "/nowhere"], 1, "/nowhere"),
     (["--images", "/nowhere", "--classes", "cat"], 1, "/nowhere"),
     (["--checkpoint", "/nowhere"], 1, "/nowhere")])
@@ -412,14 +413,15 @@ def test_temporary_files_of_a_killed_run_are_removed(micro, images, own_teacher,
 
 def wait_for(path, lines, process):
     deadline = time.time() + 120
-    while len(read_lines(path)) < lines and process.poll() is None and time.time() < deadline:
+    while len(read_lines(path)) < lines:
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.005)
 
 
 @pytest.mark.slow
 def test_one_training_a_folder(teacher, tmp_path):
     """A second one is refused. As a background job of a shell, it ignores Ctrl-C, not SIGTERM."""
-    log, flags = tmp_path / "log.jsonl", ["--teacher", teacher, "--out", tmp_path, "--epochs", 30]
+    log, flags = tmp_path / "log.jsonl", ["--teacher", teacher, "--out", tmp_path, "--epochs", 99]
     process = command("distill.py", *flags, preexec_fn=functools.partial(
         signal.signal, signal.SIGINT, signal.SIG_IGN))
     wait_for(log, 10, process)

@@ -26,11 +26,10 @@ from data.files import RunError, UsageError
 from data.benchmarks import open_benchmark, own_images, read_classes, read_mask, true_segments
 from evaluate_ovs import Method
 from evaluate_probes import Fold, Prober
-from extras import linear_head, probes
-from extras.features import Features
-from extras.linear_head import crop_logits, random_crop, read_head, schedule, train_head
-from extras.probes import (Settings, bank, match_segments, nearest, panoptic_scores, patch_shares,
-                           pool, rare_patches, vote)
+from extras import probes
+from extras.probes import (Features, Settings, bank, crop_logits, match_segments, nearest,
+                           panoptic_scores, patch_shares, pool, random_crop, rare_patches,
+                           read_head, schedule, train_head, vote)
 
 CLASSES = "sky, grass | lawn, red ball, house"
 
@@ -213,7 +212,7 @@ def test_linear_training_equals_a_derivation_by_hand(steps, tmp_path, monkeypatc
     for _, labels in samples:
         labels[labels == 4] = 255
     samples.append((torch.zeros(0, 0, 8), samples[0][1]))  # an image that cannot be read
-    monkeypatch.setattr(linear_head, "load_sample",
+    monkeypatch.setattr(probes, "load_sample",
                         lambda features, index, flip, crop, seed: samples[index])
     features = SimpleNamespace(dim=8, workers=0, dataset=SimpleNamespace(classes="abcd"),
                                encode=lambda loaded: loaded, runtime=start_runtime("cpu"))
@@ -232,8 +231,8 @@ def test_linear_training_equals_a_derivation_by_hand(steps, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("crop", [None, 32])
 def test_an_interrupted_head_is_trained_to_the_same(features, tmp_path, monkeypatch, crop):
-    monkeypatch.setattr(linear_head.time, "monotonic", iter(range(0, 10 ** 6, 31)).__next__)
-    settings, usual = Settings(steps=6, lr=1e-2, crop=crop), linear_head.image_loss
+    monkeypatch.setattr(probes.time, "monotonic", iter(range(0, 10 ** 6, 31)).__next__)
+    settings, usual = Settings(steps=6, lr=1e-2, crop=crop), probes.image_loss
 
     def head(name, stop=None):
         calls = iter(range(10 ** 6))
@@ -242,7 +241,7 @@ def test_an_interrupted_head_is_trained_to_the_same(features, tmp_path, monkeypa
             if next(calls) == stop:
                 raise KeyboardInterrupt
             return usual(*values)
-        monkeypatch.setattr(linear_head, "image_loss", loss)
+        monkeypatch.setattr(probes, "image_loss", loss)
         return train_head(features, [0, 1, 2, 6], settings, 0, tmp_path / name).state_dict()
     whole = head("whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -431,7 +430,7 @@ def test_features_that_are_not_kept_give_the_same(micro, labelled, work, monkeyp
     """A full disk keeps none; a damaged one is named."""
     flags = own(micro, *labelled, "--steps", 2, "--keep-features", "kept")
     probe(*flags, "--json", "out.json")
-    monkeypatch.setattr("extras.features.free_bytes", lambda folder: 10 ** 6)
+    monkeypatch.setattr("extras.probes.free_bytes", lambda folder: 10 ** 6)
     probe(*flags[:-1], "none", "--heads", "anew", "--json", "full.json")
     assert not (work / "none").exists() and read_results("full.json") == read_results()
     path = next((work / "kept").rglob("3.npy"))
@@ -505,7 +504,7 @@ def test_learning_from_other_images(micro, labelled, work, capsys):
     (["--images", "x", "--masks", "y", "--classes", "a", "--train-images", "z"], "go together"),
     (["--dataset", "cats"], "unknown"), (["--crop", "50", "--limit", "2"], "multiple of the patch"),
     (["--probe", "knn", "--crop", "64"], "--probe linear"),
-    (["--json", "out.txt"], ".json"), (["--limit", "1"], "two images"),
+    (["--limit", "1"], "two images"),
     (["--head", "x", "--images", "y"], "does not exist")])
 def test_wrong_calls(flags, message, work):
     with pytest.raises((UsageError, RunError), match=message):
@@ -515,7 +514,8 @@ def test_wrong_calls(flags, message, work):
 @pytest.mark.parametrize("flags, message", [
     (["--k", "0"], "at least 1"), (["--train-share", "2"], "at most 1"),
     (["--temperature", "nan"], "must be"), (["--seeds", "-1"], "at least 0"),
-    (["--heads", ""], "empty"), (["--probe", "cnn"], "invalid choice")])
+    (["--json", "out.txt"], ".json"), (["--heads", ""], "empty"),
+    (["--probe", "cnn"], "invalid choice")])
 def test_wrong_values(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate_probes.parse_args(flags)

@@ -12,7 +12,7 @@ import common
 import distill
 import evaluate_ovs
 import extract_teacher
-from common import embed_texts, load_backbone
+from common import FrozenWindows, embed_texts, load_backbone
 from data.files import RunError
 from conftest import run
 from extras.export_onnx import export
@@ -215,3 +215,15 @@ def test_an_export_is_refused_in_one_line(tipsv2, tmp_path):
     with pytest.raises(RunError, match="cannot be exported: 112 x 112"):
         export(load_backbone(tipsv2), tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_of_frozen_blocks_are_remembered(tipsv2, tmp_path):
+    student = load_backbone(tipsv2, text=True)
+    student.windows = FrozenWindows(1, student.window, 2 * student.patch)
+    student.save(tmp_path / "student")
+    loaded = load_backbone(tmp_path / "student")
+    assert loaded.windows == student.windows
+    image = torch.randn(1, 3, 4 * student.patch, 5 * student.patch)
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_dense(image), student.encode_dense(image))
+    assert load_backbone(tipsv2).windows is None

@@ -181,3 +181,9 @@ def test_damaged_windows_are_named(windowed, tmp_path, windows):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": windows}))
     with pytest.raises(RunError, match="open_clip_config.json"):
         load_backbone(tmp_path / "spar")
+
+
+def test_an_export_is_refused(windowed, tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(UsageError, match="windows"):
+        run(evaluate_ovs, "--checkpoint", windowed, "--export", tmp_path / "student.onnx")

@@ -2,9 +2,8 @@
 
 A scene has an upper and a lower background with a wavy horizon between them, regions of other
 stuff, and things that overlap and may be cut off at the border. A label is a *concept*: one of
-the `STUFF`, or a kind of thing, for some kinds in one colour (`THINGS`). Some stuff looks like
-another except for sparse marks (`MARKED`), so that only the surroundings of a patch between them
-tell what it is. Where one of the two is, the other often is, too (`TWINS`).
+the `STUFF`, or one of the `THINGS`. Some stuff looks like another except for sparse marks
+(`MARKED`), so that only a patch's surroundings tell what it is. Both are often near (`TWINS`).
 """
 from typing import NamedTuple
 
@@ -60,43 +59,40 @@ def rectangle(x0, y0, x1, y1):
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], float)
 
 
-# each kind's (corners, paint): "main" is the thing's colour, a number multiplies it, or it is RGB
+GLASS, TYRE, DOT = (185, 215, 235), (30, 30, 32), (245, 240, 230)
+# each kind's (corners, paint): RGB, or a factor on the thing's own colour
 KINDS = {
-    "ball": [(ellipse(0, 0, 1), "main")],
-    "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), "main"),
+    "ball": [(ellipse(0, 0, 1), 1)],
+    "box": [(rectangle(-0.9, -0.8, 0.9, 0.8), 1),
             (rectangle(-0.9, -0.12, 0.9, 0.12), 0.6), (rectangle(-0.12, -0.8, 0.12, 0.8), 0.6)],
-    "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), "main"),
+    "tent": [(np.array([(0, -1), (1, 0.8), (-1, 0.8)]), 1),
              (np.array([(0, -0.1), (0.3, 0.8), (-0.3, 0.8)]), (40, 35, 40))],
-    "house": [(rectangle(-0.75, -0.2, 0.75, 1), "main"),
+    "house": [(rectangle(-0.75, -0.2, 0.75, 1), 1),
               (np.array([(0, -1), (1, -0.15), (-1, -0.15)]), 0.55),
               (rectangle(-0.15, 0.35, 0.2, 1), (70, 45, 30)),
               (rectangle(-0.6, 0.05, -0.25, 0.4), (190, 220, 240)),
               (rectangle(0.3, 0.05, 0.6, 0.4), (190, 220, 240))],
-    "tree": [(rectangle(-0.14, 0.2, 0.14, 1), (95, 65, 40)), (ellipse(0, -0.35, 0.65), "main"),
+    "tree": [(rectangle(-0.14, 0.2, 0.14, 1), (95, 65, 40)), (ellipse(0, -0.35, 0.65), 1),
              (ellipse(-0.5, 0.05, 0.42), 0.9), (ellipse(0.5, 0.05, 0.42), 0.85)],
-    "car": [(rectangle(-1, -0.1, 1, 0.4), "main"),
-            (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), "main"),
-            (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), (185, 215, 235)),
-            (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]),
-             (185, 215, 235)),
-            (ellipse(-0.55, 0.4, 0.25), (30, 30, 32)), (ellipse(0.55, 0.4, 0.25), (30, 30, 32))],
+    "car": [(rectangle(-1, -0.1, 1, 0.4), 1),
+            (np.array([(-0.65, -0.1), (-0.4, -0.55), (0.4, -0.55), (0.7, -0.1)]), 1),
+            (np.array([(-0.48, -0.12), (-0.32, -0.44), (0, -0.44), (0, -0.12)]), GLASS),
+            (np.array([(0.1, -0.12), (0.1, -0.44), (0.34, -0.44), (0.52, -0.12)]), GLASS),
+            (ellipse(-0.55, 0.4, 0.25), TYRE), (ellipse(0.55, 0.4, 0.25), TYRE)],
     "mushroom": [(rectangle(-0.25, 0, 0.25, 1), (225, 215, 195)),
-                 (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), "main"),
-                 (ellipse(-0.4, -0.3, 0.15), (245, 240, 230)),
-                 (ellipse(0.3, -0.45, 0.17), (245, 240, 230)),
-                 (ellipse(0.55, -0.08, 0.12), (245, 240, 230))],
-    "fish": [(ellipse(-0.15, 0, 0.75, 0.5), "main"),
+                 (ellipse(0, 0.1, 1, 0.95, np.pi, 2 * np.pi), 1),
+                 (ellipse(-0.4, -0.3, 0.15), DOT), (ellipse(0.3, -0.45, 0.17), DOT),
+                 (ellipse(0.55, -0.08, 0.12), DOT)],
+    "fish": [(ellipse(-0.15, 0, 0.75, 0.5), 1),
              (np.array([(0.4, 0), (1, -0.5), (1, 0.5)]), 0.75),
              (ellipse(-0.55, -0.12, 0.09), (15, 15, 15))],
 }
-COLOUR_NAMES = list(COLOURS)
 OWN_COLOUR = {"tree": (45, 120, 45), "house": (190, 150, 105), "mushroom": (205, 45, 40),
               "fish": (240, 130, 30)}  # the other kinds come in all COLOURS
 
 # all things as (kind, colour); the colour is None for a kind with its own
 THINGS = [(kind, colour) for kind in KINDS
-          for colour in ([None] if kind in OWN_COLOUR else COLOUR_NAMES)]
-
+          for colour in ([None] if kind in OWN_COLOUR else COLOURS)]
 # things that the backbone is never trained on, neither as pixels nor as words
 HELD_OUT = {("ball", "yellow"), ("car", "green"), ("box", "purple"), ("tent", "blue")}
 
@@ -121,8 +117,8 @@ def brick_wall(rng, y, x, s):
     shifted = x + (row % 2) * bw / 2
     column = np.floor(shifted / bw)
     mortar = ((y % bh) < 1.6) | ((shifted % bw) < 1.6)
-    shade = rng.uniform(-1, 1, (int(row.max()) + 1, int(column.max()) + 1))
-    shade = shade[row.astype(int), column.astype(int)]
+    shades = rng.uniform(-1, 1, (int(row.max()) + 1, int(column.max()) + 1))
+    shade = shades[row.astype(int), column.astype(int)]
     base = np.array([(165, 80, 60), (150, 110, 85), (120, 95, 95)][rng.integers(3)])
     wall = base + (18 * shade + 8 * smooth_noise(rng, *x.shape, 4))[..., None]
     return np.where(mortar[..., None], np.array([195, 188, 178]), wall)
@@ -133,7 +129,7 @@ def planks(rng, x, s):
     plank = np.floor(x / (17 * s))
     shade = rng.uniform(-1, 1, int(plank.max()) + 1)[plank.astype(int)]
     grain = np.sin(x * 0.9 + 4 * smooth_noise(rng, *x.shape, 40, 9))
-    grain = grain + smooth_noise(rng, *x.shape, 20, 3)
+    grain += smooth_noise(rng, *x.shape, 20, 3)
     wall = np.array([150, 105, 62]) + (20 * shade + 9 * grain)[..., None]
     return np.where(((x % (17 * s)) < 1.5)[..., None], 60, wall)
 
@@ -208,11 +204,9 @@ def surface(kind, x, y, radius, rng):
 def paint_thing(kind, colour, radius, rng):
     """Return a thing's colours (n, n, 3) and coverage (n, n) in [0, 1]; n = 2 * radius + 3."""
     side, scale = 2 * radius + 3, 3
-    if kind == "box":
-        angle = rng.uniform(-np.pi, np.pi)
-    else:
-        upright = kind in ("house", "tree", "car", "tent", "mushroom")
-        angle = rng.normal(0, 0.2 if upright else 0.5)
+    upright = kind in ("house", "tree", "car", "tent", "mushroom")
+    angle = (rng.uniform(-np.pi, np.pi) if kind == "box" else
+             rng.normal(0, 0.2 if upright else 0.5))
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     flip = np.array([rng.choice([-1, 1]), 1.0]) * np.array([1, rng.uniform(0.8, 1)])
     y, x = np.mgrid[:side, :side].astype(np.float32)
@@ -229,10 +223,7 @@ def paint_thing(kind, colour, radius, rng):
         mask = Image.new("L", (side * scale, side * scale))
         ImageDraw.Draw(mask).polygon([tuple(p) for p in placed], fill=255)
         alpha = np.asarray(mask.reduce(scale), np.float32) / 255
-        if isinstance(paint, tuple):
-            fill = np.array(paint, np.float32)
-        else:
-            fill = main if paint == "main" else main * paint
+        fill = np.array(paint, np.float32) if isinstance(paint, tuple) else main * paint
         colours = colours * (1 - alpha[..., None]) + fill * alpha[..., None]
         coverage = np.maximum(coverage, alpha)
     direction = rng.uniform(0, 2 * np.pi)
@@ -266,8 +257,7 @@ CALM = Layout(0.9, (0.45, 0.7), 0.9, 0.8, 0.12)  # few pixels near edges, where 
 
 
 def render_scene(rng, height, width, things, layout):
-    """Return a scene's image (H, W, 3) uint8 and its labels (H, W) uint8. things: the (kind,
-    colour) pairs to choose from. layout: how many there are, and how large."""
+    """Return an image (H, W, 3) uint8 with some of the things and its labels (H, W) uint8."""
     upper = rng.choice(["sky", "sky", "sky", "sky", "brick wall", "wood"])
     lower = rng.choice([name for name in STUFF if name not in ("sky", "brick wall", "wood")])
     x = np.arange(width)
