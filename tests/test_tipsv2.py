@@ -13,7 +13,7 @@ import distill
 import evaluate_ovs
 import extract_teacher
 from common import FrozenWindows, embed_texts, load_backbone
-from data.files import RunError
+from data.files import RunError, read_lines
 from conftest import run
 from extras.export_onnx import export
 from test_backbones import shaken
@@ -182,7 +182,7 @@ def test_two_blocks_are_distilled_and_evaluated(tipsv2, photos, tmp_path):
     settings = json.loads((teacher / "teacher.json").read_text())
     assert (settings["stride"], settings["patch"], settings["dim"]) == (21, 14, 32)
     run(distill, "--teacher", teacher, "--out", out, "--epochs", 4, "--lr", 2e-3)
-    losses = [entry["loss"] for entry in common.read_lines(out / "log.jsonl")]
+    losses = [entry["loss"] for entry in read_lines(out / "log.jsonl")]
     assert len(losses) == 40 and sum(losses[-10:]) < 0.95 * sum(losses[:10])
     before, after = load_backbone(tipsv2), load_backbone(out)
     changed = {name for (name, old), new in zip(before.visual.named_parameters(),
