@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
 import distill
 import evaluate_ovs
 import extract_teacher
