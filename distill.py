@@ -407,6 +407,7 @@ def main(args):
         **dataclasses.asdict(recipe),
         "teacher": teacher.settings,
         "maps": len(teacher.entries),
+        "index": teacher.digest,
         "train_blocks": blocks,
         "train_only": args.train_only,
         "frozen_stride": args.frozen_stride,

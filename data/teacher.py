@@ -39,6 +39,13 @@ class Teacher:
                            "train on those that are there")
         self.smallest = min(self.entries, key=lambda entry: math.prod(entry["grid"]))
 
+    @property
+    def digest(self):
+        """A digest of which images were augmented how, by which a student knows its maps again."""
+        entries = [{key: value for key, value in entry.items() if key != "stat"}
+                   for entry in self.entries]
+        return text_hash(entries)[:16]
+
     def image(self, entry, factor=1.0):
         """Return the augmented image, rescaled by a factor: (3, H, W) uint8."""
         path = self.images / entry["image"]
