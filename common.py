@@ -1224,7 +1224,7 @@ def run_stage(main, args):
                if signal.getsignal(number) != signal.SIG_IGN]
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # file names need not be text
     code, text = 0, None
     try:

@@ -161,9 +161,14 @@ def use_contrib_attention(model):
 def check(module, path, ends):
     """Print how a file's outputs differ from torch's. Raise RunError if they do so too much."""
     import onnxruntime
-    # as bytes, since onnxruntime refuses names that are not UTF-8
-    session = onnxruntime.InferenceSession(Path(path).read_bytes(),
-                                           providers=["CPUExecutionProvider"])
+    try:
+        # as bytes, since onnxruntime refuses names that are not UTF-8
+        session = onnxruntime.InferenceSession(Path(path).read_bytes(),
+                                               providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own types
+        raise RunError(f"onnxruntime {onnxruntime.__version__} cannot read opset {OPSET} "
+                       f"({first_line(error)}); install a newer one: pip install -U onnxruntime"
+                       ) from error
     backbone, generator = module.backbone, torch.Generator().manual_seed(0)
     height, width = backbone.window or (16 * backbone.patch, 16 * backbone.patch)
     sizes = (height, width), (height * 2 // 3 + 3, width + 5), (height * 5 // 4 + 7, width)

@@ -362,7 +362,7 @@ def pool(features, segments, count):
     pixels = torch.zeros(count * height * width)
     pixels.index_add_(0, segments[inside] * height * width + patches[inside],
                       torch.ones(int(inside.sum())))
-    pixels = pixels.view(count, -1).to(features.device)
+    pixels = pixels.view(count, height * width).to(features.device)
     areas = pixels.sum(1)
     return pixels @ features.flatten(0, 1).float() / areas[:, None], areas.cpu()
 
