@@ -72,6 +72,12 @@ def naming(image):
         raise RunError(f"{image}: {error}") from None
 
 
+def not_written(path, error):
+    """Return the RunError for what a disk refused."""
+    return RunError(f"{path} could not be written ({error.strerror or error}); what was finished "
+                    "is kept, and the same command continues")
+
+
 @contextlib.contextmanager
 def atomic_path(path, durable=True):
     """Yield a temporary path, which replaces `path` on success. Raise RunError for what the disk
@@ -87,8 +93,7 @@ def atomic_path(path, durable=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # a full disk, mostly; the old file is still at path
-        raise RunError(f"{path} could not be written ({error.strerror or error}); what was "
-                       "finished is kept, and the same command continues") from error
+        raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -148,8 +153,7 @@ def append_lines(path, *entries):
             if file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise RunError(f"{path} could not be written ({error.strerror or error}); what was "
-                       "finished is kept, and the same command continues") from error
+        raise not_written(path, error) from error
 
 
 def read_index(folder):

@@ -79,7 +79,7 @@ class FrozenTokens:
         _, count, self.width = example.shape  # tokens of the teacher's smallest image
         self.entries = teacher.entries
         self.extra = count - math.prod(teacher.smallest["grid"])  # class, register tokens
-        depends = [teacher.loading["name"], teacher.settings["weights"], teacher.entries, first,
+        depends = [teacher.loading["name"], teacher.settings["weights"], teacher.digest, first,
                    windows and asdict(windows), precision]
         self.folder = Path(root) / f"frozen-{first}-{text_hash(depends)[:8]}"
 
