@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import pickle
@@ -25,13 +26,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import open_clip
+import timm
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.files import (RunError, UsageError, as_tensor, atomic_path, first_line, fit_to_patches,
-                        is_out_of_memory, read_image, read_index, read_json, reading, write_json)
+                        is_out_of_memory, naming, read_image, read_index, read_json, reading,
+                        write_json)
 
 # what users import from here
 __all__ = ["dense_features", "load_backbone", "open_features", "read_image", "read_index",
@@ -40,6 +46,9 @@ __all__ = ["dense_features", "load_backbone", "open_features", "read_image", "re
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "data" / "demo"
 IGNORE = 255  # the label of pixels that no score counts
+
+# never ask on stdin whether a downloaded model's own code may run: it may not
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
 # ---- windows and stitching (paper, section 3.4; method.md, "Teacher") ------------------------
@@ -90,18 +99,13 @@ def cut_windows(image, window, stride):
 CPU_VALUES = 600_000
 
 
-def windows_per_pass(backbone, window, batch_size):
-    """Return how many windows (H, W) share a forward pass: batch_size, or fewer on a CPU."""
-    if backbone.mean.device.type != "cpu":
-        return batch_size
-    values = math.prod(side // backbone.patch for side in window) * backbone.dim
-    return max(1, min(batch_size, CPU_VALUES // values))
-
-
 def window_batches(backbone, image, window, stride, batch_size=60):
     """Yield an image's windows in reading order, as many as share a forward pass: (n, 3, h, w)."""
     views = cut_windows(image, window, stride)
-    passes = math.ceil(len(views) / windows_per_pass(backbone, views[0].shape[-2:], batch_size))
+    if image.device.type == "cpu":
+        values = math.prod(side // backbone.patch for side in views[0].shape[-2:]) * backbone.dim
+        batch_size = max(1, min(batch_size, CPU_VALUES // values))
+    passes = math.ceil(len(views) / batch_size)
     size = math.ceil(len(views) / passes)  # even batches, rather than a small last one
     for first in range(0, len(views), size):
         yield torch.stack(views[first:first + size])
@@ -277,25 +281,22 @@ class FrozenWindows:
 
 
 class Backbone(nn.Module):
-    """A vision-language ViT as a dense feature extractor for images of any size. There is one
-    subclass per family of image towers.
+    """A vision-language ViT as a dense feature extractor for images of any size, with a subclass
+    per family of image towers.
 
-    The forward pass is embed -> run_blocks -> project. Tokens (B, n, C) that enter block k can
-    be stored and continued from with run_blocks(tokens, grid, start=k), so that frozen blocks
-    are computed once.
+    The forward pass is embed -> run_blocks -> project. Tokens (B, n, C) that enter block k can be
+    stored and continued from with run_blocks(tokens, grid, start=k).
 
     Dense features follow from how the tower pools its patches into the image embedding, which is
     what was aligned with text. Pooled by a class token, the attention matrix of the last block
     becomes the identity (MaskCLIP). Pooled by attention, patches take the value path of the
     pooling layer. Pooled by their mean, patches are used as they are.
 
-    Attributes: visual (the image tower), model (both towers, or None where the text tower was
-    not loaded), blocks (the ViT blocks), patch (pixels), window (native H, W in pixels, or
-    None), dim (D, shared with the text), pooling ("class token", "attention" or "mean"), mean
-    and std (of the normalisation), source (the arguments of load_backbone), config (open_clip's
-    model_cfg), positions and official_positions (the rule of resize_positions, here and in the
-    authors' own students; None for a tower that
-    resizes them itself), windows (FrozenWindows, of a student whose first blocks see windows).
+    Attributes: visual (the image tower), model (both towers, or None without text), blocks, patch
+    (pixels), window (native H, W in pixels, or None), dim (D, shared with the text), pooling,
+    mean and std (of the normalisation), source (the arguments of load_backbone), config
+    (open_clip's model_cfg), positions and official_positions (the rule of resize_positions, here
+    and in the authors' students; None for a tower that resizes them itself), windows.
     """
     visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
     source = config = positions = official_positions = windows = None
@@ -390,7 +391,6 @@ class Backbone(nn.Module):
     @functools.cached_property
     def tokenizer(self):
         """The tokenizer that the model was trained with. Raises RunError if it cannot be had."""
-        import open_clip
         name = self.source["name"]
         architecture, tag = resolve_backbone(name)
         own = {"trust_remote_code": False} if self.has_own_tokenizer else {}
@@ -419,7 +419,6 @@ class Backbone(nn.Module):
     def save(self, folder):
         """Write a folder that plain open_clip loads: configuration, weights, and the tokenizer if
         the model has its own. Return how to load it."""
-        import open_clip
         model = self.both_towers()
         preprocess = open_clip.get_model_preprocess_cfg(model)
         config = {"model_cfg": self.config,
@@ -582,8 +581,8 @@ class DinoTxt(Backbone):
     pooling = "mean"
 
     def __init__(self, model, tokenizer):
-        from open_clip import constants
-        super().__init__(model, {"mean": constants.IMAGENET_MEAN, "std": constants.IMAGENET_STD})
+        super().__init__(model, {"mean": open_clip.constants.IMAGENET_MEAN,
+                                 "std": open_clip.constants.IMAGENET_STD})
         self.vit = self.visual.backbone
         assert not self.vit.untie_cls_and_patch_norms, "class token and patches share their norm"
         self.blocks, self.patch = self.vit.blocks, self.vit.patch_size
@@ -618,8 +617,6 @@ class DinoTxt(Backbone):
 
 def image_family(visual):
     """Return the Backbone class for open_clip's image tower. Raise UsageError if there is none."""
-    import open_clip
-    import timm
     if isinstance(visual, open_clip.transformer.VisionTransformer):
         return NativeViT
     if type(getattr(visual, "trunk", None)) is timm.models.vision_transformer.VisionTransformer:
@@ -643,7 +640,7 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
     if name == "dinov3txt" or (Path(name) / DINOV3).is_file():
         backbone = load_dinotxt(name, random_init, hub_dir, dinov3_weights)
     elif is_tipsv2(place):
-        from extras.tipsv2 import load_tipsv2
+        from extras.families import load_tipsv2
         backbone = load_tipsv2(name, place, random_init)
     else:
         backbone = load_open_clip(name, random_init, text, device)
@@ -664,7 +661,6 @@ def is_tipsv2(place):
 
 def resolve_backbone(name):
     """Return open_clip's (model name, pretrained tag or None) for a name. Raise UsageError."""
-    import open_clip
     name = str(name)
     if name not in BACKBONES and (Path(name) / "open_clip_config.json").is_file():
         name = f"local-dir:{name}"
@@ -681,45 +677,27 @@ def resolve_backbone(name):
 
 def load_open_clip(name, random_init, text, device):
     """Return a Backbone for the open_clip model behind a name."""
-    import open_clip
     architecture, tag = resolve_backbone(name)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not (random_init or ":" in architecture or tag in tags or Path(tag or "").is_file()):
         raise UsageError(f"backbone {name}: give weights as {architecture}/TAG, where TAG is a "
                          f"file or one of {', '.join(tags) or '(none are published)'}; or give "
                          "--random-init")
-    if tag and tag not in tags and any(uses_quick_gelu(architecture, known) for known in tags):
-        print(f"{name}: taken as trained with GELU; if it was QuickGELU, as OpenAI's weights "
-              f"were, give {architecture}-quickgelu/FILE", file=sys.stderr)
     with loading(f"backbone {name}", offline_advice(architecture, tag)):
         config = read_model_config(name)
         path = None if random_init else find_weights(architecture, tag)
         model = create_open_clip(config, path, text, device)
         preprocess = open_clip.get_model_preprocess_cfg(model)
-        try:
+        with naming(f"backbone {name}"):
             backbone = image_family(model.visual)(model, preprocess)
-        except UsageError as error:
-            raise UsageError(f"backbone {name}: {error}") from None
     backbone.config = config["model_cfg"]
-    if "positions" in config:  # of an official student
-        backbone.positions = config["positions"]
-        if backbone.positions not in ("size", "scale"):
-            raise RunError(f"backbone {name}: its open_clip_config.json resizes positions by "
-                           f"{backbone.positions!r}; size and scale are known")
+    backbone.positions = config.get("positions", backbone.positions)  # of an official student
     backbone.set_windows(config.get("windows"), f"{name}: open_clip_config.json")
     return backbone
 
 
-def uses_quick_gelu(architecture, tag):
-    """Return whether published weights were trained with QuickGELU."""
-    import open_clip
-    return bool(open_clip.get_pretrained_cfg(architecture, tag or "").get("quick_gelu"))
-
-
 def read_model_config(name):
     """Return what an open_clip_config.json holds, {"model_cfg": ..., "preprocess_cfg": ...}."""
-    import open_clip
-    from open_clip.pretrained import download_pretrained_from_hf
     architecture, tag = resolve_backbone(name)
     kind, _, place = architecture.partition(":")
     if name == "siglip2-naflex":  # open_clip 3.3 lacks it; all but the trunk is its sibling's
@@ -729,15 +707,15 @@ def read_model_config(name):
     if place:
         path = Path(place) / "open_clip_config.json"
         if kind == "hf-hub":
-            path = download_pretrained_from_hf(place, "open_clip_config.json")
+            path = open_clip.pretrained.download_pretrained_from_hf(place, "open_clip_config.json")
         return check_model_config(read_json(path, "fetch the model's files again"), path)
     model = open_clip.get_model_config(architecture)
-    if uses_quick_gelu(architecture, tag):
-        model["quick_gelu"] = True  # as the weights were trained; open_clip only warns
     # a file of weights is taken to want the same images as the published weights
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     similar = tag if tag in tags else "".join(tags[:1])
     published = open_clip.get_pretrained_cfg(architecture, similar)
+    if tag in tags and published.get("quick_gelu"):
+        model["quick_gelu"] = True  # as the weights were trained; open_clip only warns
     return {"model_cfg": model, "preprocess_cfg": {
         key: published[key] for key in PREPROCESS if key in published}}
 
@@ -760,17 +738,15 @@ def check_model_config(config, path):
 
 def find_weights(architecture, tag):
     """Return the path of a model's weights, downloaded into the library's cache if necessary."""
-    import open_clip
-    from open_clip.factory import _find_checkpoint_in_dir  # private; checked with open_clip 3.3
-    from open_clip.pretrained import download_pretrained_from_hf
     kind, _, place = architecture.partition(":")
     if kind == "local-dir":
-        path = _find_checkpoint_in_dir(Path(place))
+        # private; checked with open_clip 3.3
+        path = open_clip.factory._find_checkpoint_in_dir(Path(place))
         if path is None:
             raise FileNotFoundError(f"{place} holds no weights")
         return path
     if kind == "hf-hub":
-        return download_pretrained_from_hf(place)
+        return open_clip.pretrained.download_pretrained_from_hf(place)
     if Path(tag).is_file():
         return tag
     return open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
@@ -784,8 +760,6 @@ def create_open_clip(config, path, text, device):
     """Return open_clip's model of a configuration, with the weights of a file, if one is given.
 
     Without text, the text tower is a stub and its weights are not read, which halves the memory."""
-    import open_clip
-    from open_clip.convert import convert_state_dict
     big_vision = str(path).endswith(".npz")  # open_clip converts these only as a whole
     if not (text or big_vision):
         towers = config["model_cfg"]
@@ -797,7 +771,8 @@ def create_open_clip(config, path, text, device):
                                        pretrained_text=False, device=device)
     if path is not None and not big_vision:
         # strictly, where open_clip would resize positions silently
-        state = convert_state_dict(model, open_clip.factory.load_state_dict(str(path)))
+        state = open_clip.factory.load_state_dict(str(path))
+        state = open_clip.convert.convert_state_dict(model, state)
         image = {key.removeprefix("visual."): value for key, value in state.items()
                  if key.startswith("visual.")}
         load_strictly(model.visual, image, path)
@@ -807,37 +782,25 @@ def create_open_clip(config, path, text, device):
 
 
 @contextlib.contextmanager
-def quiet_open_clip():
-    """Silence open_clip and huggingface_hub, which log where nothing is wrong."""
-    import logging
+def loading(what, advice):
+    """Turn any error of the libraries that load a model into a RunError with advice, and silence
+    open_clip and huggingface_hub, which log where nothing is wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def loading(what, advice):
-    """Turn any error of the libraries that load a model into a RunError with advice."""
-    import transformers
-    # never ask on stdin whether a model's own code may run: it may not
-    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    try:
-        with quiet_open_clip():
-            yield
     except (UsageError, RunError):
         raise
     except Exception as error:  # the libraries raise many types
         if is_out_of_memory(error):
             raise
         raise RunError(f"{what} cannot be loaded: {first_line(error)}. {advice}") from error
+    finally:
+        logging.disable(before)
 
 
 def offline_advice(architecture, tag):
     """Return where a model's files can be had by hand, and where to put them."""
-    import open_clip
     kind, _, place = architecture.partition(":")
     if kind == "local-dir":
         return ("The folder must hold open_clip_config.json, the weights it describes and any "
@@ -907,7 +870,6 @@ def load_dinotxt(name, random_init, hub_dir, weights):
 
 def build_dinotxt(clone):
     """Return the public code's (model, tokenizer), from a clone or from torch.hub's."""
-    import open_clip
     if clone is None:
         # its hubconf.py imports packages that are not needed; the download is what counts
         with contextlib.suppress(ModuleNotFoundError):
@@ -928,7 +890,6 @@ def read_tensors(path):
     try:
         with reading(path, "fetch the file again"):
             if str(path).endswith(".safetensors"):
-                from safetensors.torch import load_file
                 return load_file(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except RunError as error:
@@ -970,8 +931,6 @@ def refuse_misfits(misfits, source):
 
 def save_tensors(model, path, header=None):
     """Write a model's state dict as safetensors. header: {name: text} beside the tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     tensors = {key: value.detach().cpu().contiguous()
                for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
@@ -983,13 +942,8 @@ def save_tensors(model, path, header=None):
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
-def weights_hash(backbone):
-    """Return the sha256 of the image tower's parameters, by which stages know them again."""
-    return parameters_hash(backbone.visual)
-
-
-def parameters_hash(module):
-    """Return the sha256 of a module's parameters in float32."""
+def weights_hash(module):
+    """Return the sha256 of a module's parameters in float32, by which stages know them again."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy())
@@ -1002,8 +956,7 @@ def parameters_hash(module):
 def embed_texts(backbone, names, templates=None, chunk=256):
     """Return one unit vector per class name, (N, D) float32: normalised prompt embeddings,
     averaged over the templates (open_clip's 80 by default; functions of a name), normalised."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-    templates = templates or OPENAI_IMAGENET_TEMPLATES
+    templates = templates or open_clip.OPENAI_IMAGENET_TEMPLATES
     texts = [template(name) for name in names for template in templates]
     embeddings = torch.cat([backbone.encode_text(texts[first:first + chunk])
                             for first in range(0, len(texts), chunk)])

@@ -372,7 +372,7 @@ def load_student(teacher, classes, args, device):
     """Load the backbone that made the teacher's maps, and unfreeze what is to be trained."""
     stride = args.frozen_stride
     backbone = load_backbone(**teacher.loading, device=device, text=classes is not None)
-    if weights_hash(backbone) != teacher.settings["weights"]:
+    if weights_hash(backbone.visual) != teacher.settings["weights"]:
         raise RunError(f"{teacher.loading['name']} has other weights than when {teacher.folder} "
                        "was made; extract the feature maps again, into another folder")
     first, parameters = select_trained(backbone, args.train_blocks, args.train_only)

@@ -14,9 +14,8 @@ a table of IoU, also as JSON (--json), label maps (--save-maps), or an ONNX file
 
 The same command continues an interrupted run.
 """
-from data.flags import Parser, add_device_flags, bounded, filled, parse
-from data.selection import (add_data_flags, add_selection_flags, ending, load_models,
-                            maps_folder, open_datasets, read_selection)
+from data.flags import (Parser, add_data_flags, add_device_flags, add_selection_flags, bounded,
+                        ending, filled, parse)
 
 
 def parse_args(argv=None):
@@ -36,15 +35,12 @@ def parse_args(argv=None):
         help="how class similarities reach the pixels; both give two rows each. anyup, for single "
         "passes, is from torch.hub or --hub-dir, a clone of github.com/wimmerth/anyup; it takes a "
         "minute per image on a CPU")
-    add("--anyup-model", choices=["anyup_multi_backbone", "anyup"],
-        default="anyup_multi_backbone", help="which published AnyUp weights (%(default)s)")
-    add("--refine", nargs="+", choices=["none", "lposs", "lposs+"], default=["none"],
-        help="label propagation over patches (lposs), then also over pixels (lposs+), without "
-        "the thresholds of benchmarks; several give a row each")
+    add("--refine", nargs="+", choices=["none", "lposs"], default=["none"], help="label "
+        "propagation over patches, without the thresholds of benchmarks; both give two rows each")
     add("--lposs", type=filled, nargs="+", metavar="KEY=VALUE", default=[],
         help="k=400 neighbours of a patch, gamma=3 power of their similarity, sigma=0.01 decay "
         "per pixel of distance, power=1 of that distance, alpha=0.95 weight of the neighbours, "
-        "steps=10; of lposs+: tau=0.01 scale of colour differences, reach=6 pixels")
+        "steps=10")
     add("--logit-scale", type=bounded(float, 1e-6), metavar="X", help="factor of similarities in "
         "the softmax that --prob-threshold looks at (default: the benchmark's, else 40)")
     add("--prob-threshold", type=share, metavar="P",
@@ -56,7 +52,7 @@ def parse_args(argv=None):
     add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE",
         help="mIoU against resolution and time")
     add("--save-maps", type=filled, metavar="DIR", help="label maps, overlays with a legend, "
-        "PCA images and a contact sheet (runs/maps for --images without --masks)")
+        "PCA images and shares.csv (runs/maps for --images without --masks)")
     add("--save-student", type=filled, metavar="DIR", help="a file of the authors as a folder "
         "that open_clip loads; evaluates only with --dataset or --images")
     add("--export", type=ending(".onnx"), metavar="FILE",
@@ -95,6 +91,7 @@ from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, ch
                              load_sample)
 from data.journal import Journal, files_state, text_hash
 from data.results import describe_settings, write_onnx, write_results
+from data.selection import load_models, maps_folder, open_datasets, read_selection
 
 # ---- scores ----------------------------------------------------------------------------------
 
@@ -180,8 +177,7 @@ class Method:
     window: tuple | None = None
     batch_size: int = 60
     autocast: object = contextlib.nullcontext
-    refine: str = "none"
-    lposs: object = None  # extras.lposs.Lposs
+    lposs: object = None  # extras.lposs.Lposs, or None for no refinement
     anyup: object = None  # extras.anyup.AnyUp, or None for bilinear upsampling
 
     @property
@@ -189,6 +185,10 @@ class Method:
         if self.stride:
             return f"sliding-window/{self.stride}"
         return "single-pass" if self.checkpoint is None else "spar"
+
+    @property
+    def refine(self):
+        return "lposs" if self.lposs else "none"
 
     @property
     def upsampler(self):
@@ -203,9 +203,9 @@ class Method:
         """Segment (3, H, W) uint8 by the names' unit vectors (N, D): (*size) int64, on the CPU."""
         prepared = prepare(self.backbone, image)
         class_of_name = classes.class_of_name
-        if self.refine != "none":
+        if self.lposs:
             from extras.lposs import best_synonyms, propagated
-            similarities = propagated(self, image, prepared, texts)
+            similarities = propagated(self, prepared, texts)
             similarities = best_synonyms(similarities, class_of_name)  # (h, w, K)
             strips = self.enlarge(image, similarities, size)
             class_of_name = torch.arange(len(classes))
@@ -315,30 +315,28 @@ def open_methods(args, selection, runtime):
     """Return the rows of a table: the selected methods with each refinement and upsampler."""
     methods = choose_methods(selection, runtime)
     lposs = anyup = None
-    if args.lposs and args.refine == ["none"]:
-        raise UsageError("--lposs goes with --refine lposs or lposs+")
-    if args.refine != ["none"]:
+    if "lposs" in args.refine:
         from extras.lposs import read_settings
         lposs = read_settings(args.lposs)
+    elif args.lposs:
+        raise UsageError("--lposs goes with --refine lposs")
     if "anyup" in args.upsampler:
-        if all(method.stride for method in methods) or args.refine == ["lposs+"]:
-            raise UsageError("--upsampler anyup enlarges a map of patches; sliding windows are "
-                             "joined, and lposs+ ends, at pixels already")
+        if all(method.stride for method in methods):
+            raise UsageError("--upsampler anyup enlarges the map of a single pass; sliding windows "
+                             "are joined at pixels already")
         from extras.anyup import AnyUp
-        anyup = AnyUp(args.anyup_model, args.hub_dir, args.random_init, runtime.device)
+        anyup = AnyUp(args.hub_dir, args.random_init, runtime.device)
     rows = {}
     for method, refine, upsampler in itertools.product(methods, args.refine, args.upsampler):
-        row = replace(method, refine=refine, lposs=None if refine == "none" else lposs)
-        if upsampler == "anyup" and not method.stride and refine != "lposs+":
-            row = replace(row, anyup=anyup)
+        row = replace(method, lposs=lposs if refine == "lposs" else None,
+                      anyup=anyup if upsampler == "anyup" and not method.stride else None)
         rows.setdefault(row.label, row)
     return list(rows.values())
 
 
 def choose_rule(method, dataset, given):
     """Return the benchmark's thresholds for a method, except for those in `given`."""
-    refined = method.refine != "none"
-    rule = Rule() if refined else benchmark_rule(dataset.name, method.origin)
+    rule = Rule() if method.lposs else benchmark_rule(dataset.name, method.origin)
     rule = replace(rule, **given)
     if (rule.threshold or rule.area_threshold) and not dataset.classes.background:
         raise UsageError("--prob-threshold and --area-threshold send pixels to a background "
@@ -363,7 +361,7 @@ class Evaluation:
         """Continue the journal named by all that counts depend on, with a share of what is left."""
         method, dataset = self.method, self.dataset
         depends = text_hash([
-            settings, method.label, weights_hash(method.backbone), repr(method.lposs),
+            settings, method.label, weights_hash(method.backbone.visual), repr(method.lposs),
             method.anyup and method.anyup.digest, str(self.size), asdict(self.rule),
             dataset.classes.names, hashlib.sha256(self.texts.cpu().numpy()).hexdigest(),
             files_state(dataset), str(self.maps)])
@@ -395,11 +393,11 @@ class Evaluation:
         """Return the confusion matrix of some images, or of all that were counted."""
         return self.journal.confusion(len(self.dataset.classes), images)
 
-    def result(self):
+    def result(self, confusion):
         """Return an entry of the JSON's results."""
         method, rule, journal = self.method, self.rule, self.journal
         windows = method.backbone.windows
-        iou, miou, accuracy = scores(self.confusion())
+        iou, miou, accuracy = scores(confusion)
         iou = [None if math.isnan(value) else value for value in iou.tolist()]
         seconds = [entry["seconds"] for entry in journal.done.values()]
         return {
@@ -448,8 +446,6 @@ def evaluate(evaluation, runtime, workers=2):
         evaluation.count(index, labels, predictions, seconds)
 
 
-
-
 def announce(table, state):
     """Print what is about to run on one data set at one size, and by which thresholds."""
     dataset = table[0].dataset
@@ -470,6 +466,7 @@ def announce(table, state):
 def conclude(table):
     """Print and draw what all processes counted. Return the results, none without masks."""
     dataset, count = table[0].dataset, len(table[0].dataset.images)
+    confusions = []
     for evaluation in table:
         journal = evaluation.journal
         journal.read()
@@ -480,21 +477,20 @@ def conclude(table):
                            "run the same command again")
         if not journal.done:
             raise RunError(f"none of the {count} images of {dataset.name} could be read")
-        if not evaluation.confusion().any():
+        confusions.append(evaluation.confusion())
+        if not confusions[-1].any():
             raise RunError(f"{dataset.name}: no pixel of its masks counts, so there is nothing "
                            f"to score ({IGNORE} is ignored)")
     failed = table[0].journal.failed
     if failed:
         print(f"{len(failed)} of {count} images could not be read and are left out")
     if table[0].maps:
-        from extras.drawing import summarise_maps
-        summarise_maps(table)
+        from extras.drawing import write_shares
+        write_shares(table)
     if dataset.masks is None:
         return []
-    results = [evaluation.result() for evaluation in table]
+    results = [evaluation.result(counts) for evaluation, counts in zip(table, confusions)]
     print_table(results)
-    for evaluation in table:
-        warn_of_nonsense(evaluation)
     return results
 
 
@@ -514,18 +510,6 @@ def print_table(results):
     print()
     for title, texts in lines:
         print(f"{title:<{width}}" + "".join(f"{text:>{cell}}" for text in texts))
-
-
-def warn_of_nonsense(evaluation):
-    """Print a warning of scores that a wrong label order, size or normalisation would give."""
-    confusion, label = evaluation.confusion(), evaluation.method.label
-    titles, accuracy = evaluation.dataset.classes.titles, scores(confusion)[2]
-    share, winner = (confusion.sum(0) / confusion.sum()).max(0)
-    if len(titles) > 2 and accuracy < 200 / len(titles):
-        print(f"warning: {label}: pixel accuracy {accuracy:.1f} % is less than twice that of "
-              "guessing; are the class names in the labels' order?")
-    if share > 0.9 and confusion.sum(1).max() < 0.9 * confusion.sum():
-        print(f"warning: {label}: {100 * share:.0f} % of all pixels became '{titles[winner]}'")
 
 
 # ---- main ------------------------------------------------------------------------------------
@@ -564,13 +548,10 @@ def folder_name(label):
 def main(args):
     selection = read_selection(args)
     if args.export:
-        write_onnx(args, selection, defaults=parse_args([]))
-        return
+        return write_onnx(args, selection, defaults=parse_args([]))
     datasets = open_datasets(args)
     if args.check_data:
-        if sum([check_data(dataset, args.workers, args.limit is None) for dataset in datasets]):
-            raise RunError("the data has the problems listed above")
-        return
+        return check_data(datasets, args.workers, whole=args.limit is None)
     labelled = all(dataset.masks is not None for dataset in datasets)
     maps = maps_folder(args.save_maps, args.images, labelled)
     runtime = start_runtime(args.device, args.precision, args.seed)

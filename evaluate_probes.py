@@ -14,8 +14,8 @@ score. Out: a table, the same as JSON, linear heads and label maps.
 
 The same command continues an interrupted run, also in the training of a linear head.
 """
-from data.flags import Parser, add_device_flags, bounded, filled, parse
-from data.selection import add_selection_flags, ending, maps_folder, read_selection
+from data.flags import (Parser, add_data_flags, add_device_flags, add_selection_flags, bounded,
+                        ending, filled, parse)
 
 
 def parse_args(argv=None):
@@ -29,8 +29,6 @@ def parse_args(argv=None):
         "equally many per image, rare classes first (default: all, never in memory together)")
     add("--train-share", type=share, default=1.0, metavar="P", help="knn: a random share of the "
         "training images (%(default)s; the paper: 0.5 of VOC, 0.3 of ADE20K)")
-    add("--ignored", choices=["left-out", "class0"], default="left-out",
-        help="knn: training pixels of 255; class0 as in open-hummingbird-eval (%(default)s)")
     add("--steps", type=positive, metavar="N", help="linear: steps of 16 images each (default: "
         "40000 for ade20k, 20000 for the other benchmarks, else 50)")
     add("--lr", type=bounded(float, 1e-12, 1e30), metavar="X", help="linear: first learning rate "
@@ -38,23 +36,14 @@ def parse_args(argv=None):
     add("--crop", type=positive, metavar="N", help="linear: train on random crops of N pixels with "
         "colour jitter and scales of 0.5 to 2, and test on windows of N pixels, as in the paper's "
         "\"repository resolution\": 512, Cityscapes 1024 (default: whole images)")
-    add("--classifier", choices=["text", "knn", "linear"], default="text",
-        help="panoptic: what classifies a mask (%(default)s)")
     add("--seeds", type=bounded(int, 0, 2 ** 63 - 1), nargs="+", default=[0], metavar="N",
         help="repeat what is random with each seed, and show mean and deviation (%(default)s)")
     add_selection_flags(parser)
-    add = parser.add_argument_group("on what").add_argument
-    add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given), "
-        "voc21, voc20, cityscapes, ade20k, context60 or context59, with its training images")
-    add("--data-root", type=filled, default="data", metavar="DIR", help="benchmarks (%(default)s)")
-    add("--check-data", action="store_true", help="only check the files, of training images too")
-    add("--images", type=filled, metavar="DIR", help="your own images to score")
-    add("--masks", type=filled, metavar="DIR", help="their masks: PNG files of the same names")
+    add_data_flags(parser)
+    add = parser.add_argument_group("learnt from what").add_argument
     add("--train-images", type=filled, metavar="DIR", help="your own images to learn from "
         "(default: two folds over --images, each half learnt from the other)")
     add("--train-masks", type=filled, metavar="DIR", help="their masks")
-    add("--classes", type=filled, metavar="FILE|NAMES", help="as in evaluate_ovs.py")
-    add("--limit", type=positive, metavar="N", help="use only the first N images, for both")
     add("--head", type=filled, metavar="FILE",
         help="train nothing: label --images by this linear head, into --save-maps (runs/maps)")
     add = parser.add_argument_group("what to write").add_argument
@@ -80,16 +69,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 
 from common import (default_stride, embed_texts, run_stage, save_tensors, start_runtime,
                     weights_hash)
 from data.files import RunError, UsageError, reading, remove_stale_files, write_json
-from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, demo_images,
-                             image_size, open_benchmark, own_images, read_classes, read_mask)
+from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, image_size,
+                             open_benchmark, own_images, read_mask)
 from data.journal import files_state, text_hash
+from data.results import describe_settings
+from data.selection import maps_folder, open_datasets, read_selection
 from evaluate_ovs import choose_methods, confusion_matrix
 from extras.probes import (Features, Settings, bank, describe_head, head_logits, label_pixels,
                            match_segments, nearest, pooled_segments, print_results, probe_result,
@@ -116,7 +106,7 @@ class Fold:
 class Prober:
     """The probes. Each returns what this process counts in a fold, and in how many images."""
     settings: Settings
-    texts: torch.Tensor | None  # (N, D) unit vectors of the class names, for classifier "text"
+    texts: torch.Tensor | None  # (N, D) unit vectors of the class names, for panoptic
     state: Path  # folder of finished folds
     heads: Path  # how the paths of linear heads begin
     maps: Path | None  # folder of label maps
@@ -128,7 +118,7 @@ class Prober:
         settings = self.settings
         test.keep(fold.score)
         grids = {}
-        queries = [test.no_vectors]
+        queries = [torch.zeros(0, test.dim, device=test.runtime.device)]
         for index, features in test.stream(test.share(fold.score)):
             grids[index] = features.shape[:2]
             vectors = features.flatten(0, 1).float()  # (h * w, D)
@@ -155,35 +145,19 @@ class Prober:
         return self.count_pixels(fold, "linear", logits)
 
     def panoptic(self, fold):
-        """Classify true masks: the counts of match_segments, with stuff as it is and merged."""
-        test = fold.test
+        """Name true masks by the most similar text: the counts of match_segments, with stuff as it
+        is and merged."""
+        test, classes = fold.test, fold.test.dataset.classes
         test.keep(fold.score)
-        segments = list(pooled_segments(test, test.share(fold.score)))
-        vectors = [pooled for pooled, _, _ in segments]
-        predicted = self.classify(fold, torch.cat([test.no_vectors, *vectors]))
-        lengths = [len(true) for _, _, true in segments]
-        count = len(test.dataset.classes)
-        stuff = set(range(count)) - test.dataset.things
-        counts = torch.zeros(2, 4, count)  # as it is and merged
-        for (_, areas, true), found in zip(segments, predicted.split(lengths)):
-            counts[0] += match_segments(true, found, areas, count)
-            counts[1] += match_segments(true, found, areas, count, stuff)
-        return counts, len(segments)
-
-    def classify(self, fold, vectors):
-        """Return the classes (S,) of mean features (S, D)."""
-        settings = self.settings
-        if settings.classifier == "linear":
-            return self.head(fold)(vectors).argmax(1).cpu()
-        vectors = F.normalize(vectors, dim=-1)
-        if settings.classifier == "text":
-            names = (vectors @ self.texts.T).argmax(1)  # (S, D) @ (D, N)
-            return fold.test.dataset.classes.class_of_name[names.cpu()]
-        count = len(fold.train.dataset.classes)
-        chunks = ((F.normalize(pooled, dim=-1), F.one_hot(true, count).half())  # (S, D), (S, K)
-                  for pooled, _, true in pooled_segments(fold.train, self.draw(fold)))
-        cosines, rows, shares = nearest(vectors, chunks, settings.k)
-        return vote(cosines, shares[rows], settings.temperature).argmax(1).cpu()
+        stuff = set(range(len(classes))) - test.dataset.things
+        counts, images = torch.zeros(2, 4, len(classes)), 0
+        for pooled, areas, true in pooled_segments(test, test.share(fold.score)):
+            names = (F.normalize(pooled, dim=-1) @ self.texts.T).argmax(1)  # (S, D) @ (D, N)
+            found = classes.class_of_name[names.cpu()]
+            counts[0] += match_segments(true, found, areas, len(classes))
+            counts[1] += match_segments(true, found, areas, len(classes), stuff)
+            images += 1
+        return counts, images
 
     def draw(self, fold):
         """Draw the training images of kNN, and keep their feature maps."""
@@ -280,14 +254,14 @@ def apply_head(args):
 def check_flags(args):
     """Raise UsageError for flags that do not go together."""
     own = args.masks and args.classes and not args.dataset
-    if args.crop and "linear" not in (*args.probe, args.classifier):
+    if args.crop and "linear" not in args.probe:
         raise UsageError("--crop goes with --probe linear")
     if args.head and (args.masks or not args.images):
         raise UsageError("--head labels --images, without --masks")
     if bool(args.train_images) != bool(args.train_masks):
         raise UsageError("--train-images and --train-masks go together")
-    if not args.images and (args.train_images or args.masks):
-        raise UsageError("--masks, --train-images and --train-masks go with --images")
+    if args.train_images and not args.images:
+        raise UsageError("--train-images and --train-masks go with --images")
     if args.images and not (args.head or own):
         raise UsageError("--images needs --masks and --classes, and no --dataset")
 
@@ -295,30 +269,21 @@ def check_flags(args):
 def open_data(args):
     """Return the data sets ("test", "train" ...), and which of them each probe learns from."""
     parts = dict.fromkeys(args.probe, "train")
-    if args.images:
-        classes = read_classes(args.classes)
-        datasets = {"test": own_images(args.images, args.masks, classes, args.limit)}
-        if args.train_images:
-            datasets["train"] = own_images(args.train_images, args.train_masks, classes,
-                                           args.limit)
-    elif args.dataset in (None, "demo"):
-        datasets = {"test": demo_images(args.classes, args.limit)}
-    elif args.dataset in BENCHMARKS:
+    if args.dataset in BENCHMARKS:
         files = args.dataset, args.data_root, args.classes, args.limit
-        panoptic = "panoptic" in parts
-        datasets = {"test": open_benchmark(*files, panoptic=panoptic)}
+        datasets = {"test": open_benchmark(*files, panoptic="panoptic" in parts)}
         if "knn" in parts and "trainaug" in BENCHMARKS[args.dataset].layouts:
             parts["knn"] = "trainaug"  # VOC with the labels of SBD, as published
-        segments = panoptic and args.classifier == "knn"
-        datasets |= {part: open_benchmark(*files, part, segments) for part in parts.values()}
-    else:
-        raise UsageError(f"--dataset {args.dataset}: unknown; known are demo, "
-                         + ", ".join(BENCHMARKS))
-    if len(datasets) == 1:
-        parts = dict.fromkeys(args.probe, "test")
-        if len(datasets["test"].images) < 2:
-            raise UsageError("two folds need two images; give --train-images, or more --images")
-    return datasets, parts
+        return datasets | {part: open_benchmark(*files, part) for part in parts.values()}, parts
+    test, *others = open_datasets(args)
+    if others:
+        raise UsageError(f"--dataset {args.dataset}: give one data set")
+    if args.train_images:
+        train = own_images(args.train_images, args.train_masks, test.classes, args.limit)
+        return {"test": test, "train": train}, parts
+    if len(test.images) < 2:
+        raise UsageError("two folds need two images; give --train-images, or more --images")
+    return {"test": test}, dict.fromkeys(args.probe, "test")
 
 
 def choose_settings(args):
@@ -333,20 +298,6 @@ def choose_settings(args):
     return Settings(**chosen)
 
 
-def describe_run(args, settings, methods, runtime):
-    """Return what results depend on besides the data."""
-    return {
-        "backbone": methods[0].origin,
-        "random_init": args.random_init,
-        "checkpoint": methods[-1].checkpoint,
-        "weights": {method.name: weights_hash(method.backbone) for method in methods},
-        "window": args.window,
-        **asdict(settings),
-        "limit": args.limit,
-        "precision": runtime.precision,
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
-    }
 
 
 def open_methods(selection, crop, runtime):
@@ -363,7 +314,7 @@ def open_prober(args, settings, described, datasets, methods):
     """Return the Prober. The names of its folders hash what their content depends on."""
     test = datasets["test"]
     texts = None
-    if "panoptic" in args.probe and settings.classifier == "text":
+    if "panoptic" in args.probe:
         # the last method has a text tower; the student's is the pre-trained one
         texts = embed_texts(methods[-1].backbone, test.classes.flat)
     files = [files_state(dataset) for dataset in datasets.values()]
@@ -380,20 +331,19 @@ def open_prober(args, settings, described, datasets, methods):
 def main(args):
     check_flags(args)
     if args.head:
-        apply_head(args)
-        return
+        return apply_head(args)
     datasets, parts = open_data(args)
     if args.check_data:
-        if any([check_data(dataset, args.workers, args.limit is None)
-                for dataset in datasets.values()]):
-            raise RunError("the data has the problems listed above")
-        return
+        return check_data(datasets.values(), args.workers, whole=args.limit is None)
     runtime = start_runtime(args.device, args.precision, args.seed)
     settings = choose_settings(args)
-    methods = open_methods(read_selection(args), settings.crop, runtime)
+    selection = read_selection(args)
+    methods = open_methods(selection, settings.crop, runtime)
     for dataset in datasets.values():
         check_masks(dataset, runtime, args.workers)
-    described = describe_run(args, settings, methods, runtime)
+    hashes = {method.name: weights_hash(method.backbone.visual) for method in methods}
+    described = {**describe_settings(args, selection, methods, runtime), "weights": hashes,
+                 **asdict(settings)}
     prober = open_prober(args, settings, described, datasets, methods)
     results = []
     for method in methods:

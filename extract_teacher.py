@@ -179,9 +179,6 @@ class AugmentedImages:
         return int(np.mean(sizes or [0]) * len(jobs))
 
 
-FLOAT16_MAX = 65504
-
-
 def job_of(entry):
     return entry["image"], entry["version"]
 
@@ -208,9 +205,9 @@ def extract(loaded, encode, out, suffix, strict):
             continue
         with naming(entry["image"]):
             features = encode(pixels)  # (3, H, W) uint8 -> (H / patch, W / patch, D)
-        if features.abs().max() > FLOAT16_MAX:
-            raise RunError(f"{entry['image']}: its features exceed {FLOAT16_MAX}, the largest "
-                           "float16; they cannot be stored")
+        if features.abs().max() > torch.finfo(torch.float16).max:
+            raise RunError(f"{entry['image']}: its features exceed 65504, the largest float16; "
+                           "they cannot be stored")
         save_array(out / entry["file"], features.half().cpu().numpy())
         # after the file, so that every line of the index stands for a complete file
         append_lines(out / f"index{suffix}.jsonl", entry | {"grid": list(features.shape[:2])})
@@ -281,9 +278,10 @@ def main(args):
     backbone, window, stride = load_teacher(args, runtime)
     settings = {
         "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
-        "weights": weights_hash(backbone), "stride": stride, "window": window and list(window),
-        "augment": asdict(augmentation) if augmentation else "none", "versions": args.versions,
-        "seed": args.seed, "precision": runtime.precision, "compile": args.compile,
+        "weights": weights_hash(backbone.visual), "stride": stride,
+        "window": window and list(window), "versions": args.versions, "seed": args.seed,
+        "augment": asdict(augmentation) if augmentation else "none",
+        "precision": runtime.precision, "compile": args.compile,
         "images": str(root), "patch": backbone.patch, "dim": backbone.dim, "maps": len(jobs),
         "torch": torch.__version__, "open_clip": open_clip.__version__}
     writer, writers = shard * runtime.world + runtime.rank, shards * runtime.world

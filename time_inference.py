@@ -7,8 +7,8 @@ measure ("ms"), beside the median of --repeats passes, each summed over the sub-
     python time_inference.py                             # tiny, on a CPU, under a minute
     python time_inference.py --backbone openclip --random-init --sizes 448x448 672x896   # a GPU
 """
-from data.flags import Parser, add_backbone_flags, add_device_flags, bounded, filled, parse
-from data.selection import ending
+from data.flags import (Parser, add_backbone_flags, add_device_flags, bounded, ending, filled,
+                        parse)
 
 
 def height_x_width(text):
@@ -50,7 +50,6 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,10 +157,6 @@ def curves(rows):
     return points
 
 
-def growth(rows):
-    """Return the exponent of time as a power of pixels, per method timed at several sizes."""
-    return {method: np.polyfit(np.log(pixels), np.log(milliseconds), deg=1)[0]
-            for method, (pixels, milliseconds) in curves(rows).items() if len(set(pixels)) > 1}
 
 
 def plot(rows, path):
@@ -212,11 +207,8 @@ def main(args):
             ratio = row["ratio_to_single_pass"]
             print(ROW.format(**row, ratio=f"{ratio:.1f}" if ratio else "-"), flush=True)
 
-    exponents = growth(rows)
-    for method, exponent in exponents.items():
-        print(f"{method}: time grows with the number of pixels to the power of {exponent:.2f}")
     if args.json:
-        write_json(args.json, {"rows": rows, "growth": exponents, "settings": settings})
+        write_json(args.json, {"rows": rows, "settings": settings})
     if args.plot:
         plot(rows, args.plot)
 

@@ -339,8 +339,6 @@ def image_names(name, layout, root):
     return names
 
 
-
-
 def read_panoptic(path, folder, table):
     """Read true segments without crowds from a panoptic JSON in COCO's format. Return
     {image id: (PNG file, {segment id: class})} and the classes that are things."""
@@ -478,50 +476,52 @@ def check_masks(dataset, runtime, workers):
         if problem:
             raise RunError(f"{problem} (--check-data lists all such files)")
         total += torch.from_numpy(pixels)
-    total = runtime.sum(total.to(runtime.device)).cpu()
+    for line in describe_labels(dataset, runtime.sum(total.to(runtime.device)).cpu().numpy()):
+        runtime.print(line)
+
+
+def describe_labels(dataset, pixels):
+    """Yield lines on what no mask holds and what is ignored. pixels: of each label id (256,)."""
     tables = np.unique(np.stack(dataset.tables), axis=0)  # masks may be of two kinds
-    present = set(tables[:, total.numpy() > 0].ravel().tolist())
+    present = set(tables[:, pixels > 0].ravel().tolist())
     absent = [title for k, title in enumerate(dataset.classes.titles) if k not in present]
     if absent:
-        runtime.print(f"in no mask of {dataset.name}: {', '.join(absent)}")
-    if total[IGNORE]:
-        runtime.print(f"{total[IGNORE] / total.sum():.1%} of the pixels of {dataset.name} have "
-                      f"label {IGNORE}, which is ignored")
+        yield f"in no mask of {dataset.name}: {', '.join(absent)}"
+    if pixels[IGNORE]:
+        yield (f"{pixels[IGNORE] / pixels.sum():.1%} of the pixels of {dataset.name} have label "
+               f"{IGNORE}, which is ignored")
 
 
-def check_data(dataset, workers, whole=True):
-    """Print what is there, with all images if `whole`, and what is wrong. Return how much is."""
-    problems, count = [], len(dataset.images)
-    pixels, files = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    if whole and dataset.known and count != dataset.known:
-        problems.append(f"{count} images, but {dataset.name} is known to have {dataset.known}")
-    inspections = prefetch(lambda k: inspect(dataset, k, decode=True), range(count), workers)
-    for *bad, counts in tqdm(inspections, total=count, desc=dataset.name, unit="image"):
-        problems += filter(None, bad)
-        pixels += counts
-        files += counts > 0
-    known = f" of the known {dataset.known}" if dataset.known else ""
-    print(f"\n{dataset.name}: {count}{known} images in {dataset.root}, {dataset.classes}")
-    if dataset.masks is not None:
-        print_label_ids(dataset, pixels, files)
-    for problem in problems:
-        print(f"problem: {problem}")
-    print(f"{len(problems)} problems" if problems else "no problem found")
-    return len(problems)
+def check_data(datasets, workers, whole):
+    """Print what is there, with all images if `whole`. Raise RunError if anything is wrong."""
+    found = 0
+    for dataset in datasets:
+        problems, count, pixels = [], len(dataset.images), np.zeros(256, np.int64)
+        if whole and dataset.known and count != dataset.known:
+            problems.append(f"{count} images, but {dataset.name} is known to have {dataset.known}")
+        inspections = prefetch(lambda k: inspect(dataset, k, decode=True), range(count), workers)
+        for *bad, counts in tqdm(inspections, total=count, desc=dataset.name, unit="image"):
+            problems += filter(None, bad)
+            pixels += counts
+        print(f"\n{dataset.name}: {count} images in {dataset.root}, {dataset.classes}")
+        if dataset.masks is not None:
+            print_label_ids(dataset, pixels)
+        for problem in problems:
+            print(f"problem: {problem}")
+        print(f"{len(problems)} problems" if problems else "no problem found")
+        found += len(problems)
+    if found:
+        raise RunError("the data has the problems listed above")
 
 
-def print_label_ids(dataset, pixels, files):
-    """Print a line per label id. pixels, files: how many pixels and masks have it, (256,)."""
-    titles = dataset.classes.titles
-    meaning = {IGNORE: "ignored", OUT_OF_RANGE: "OUT OF RANGE"} | dict(enumerate(titles))
-    tables = {tuple(table): table for table in dataset.tables}.values()  # masks of two kinds
-    present = set()
-    print(f"{'label id':>8}  {'images':>8}  {'pixels':>7}  class")
+def print_label_ids(dataset, pixels):
+    """Print a line per label id, of which there are so many pixels: (256,)."""
+    titles = dict(enumerate(dataset.classes.titles))
+    meaning = {IGNORE: "ignored", OUT_OF_RANGE: "OUT OF RANGE"} | titles
+    tables = np.unique(np.stack(dataset.tables), axis=0)
+    print("label id   pixels  class")
     for value in np.flatnonzero(pixels):
-        classes = sorted({int(table[value]) for table in tables})
-        present.update(classes)
-        print(f"{value:>8}  {files[value]:>8}  {pixels[value] / pixels.sum():>7.2%}  "
-              f"{' or '.join(meaning[k] for k in classes)}")
-    absent = [title for k, title in enumerate(titles) if k not in present]
-    if absent:
-        print(f"in no mask: {', '.join(absent)}")
+        classes = " or ".join(meaning[k] for k in np.unique(tables[:, value]).tolist())
+        print(f"{value:>8}  {pixels[value] / pixels.sum():>7.2%}  {classes}")
+    for line in describe_labels(dataset, pixels):
+        print(line)

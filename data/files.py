@@ -64,12 +64,12 @@ def reading(path, remedy):
 
 
 @contextlib.contextmanager
-def naming(image):
-    """Put an image's name before the text of a RunError."""
+def naming(what):
+    """Put the name of an image or a backbone before the text of an error."""
     try:
         yield
-    except RunError as error:
-        raise RunError(f"{image}: {error}") from None
+    except (UsageError, RunError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def not_written(path, error):

@@ -42,6 +42,15 @@ def filled(text):
     return text
 
 
+def ending(*suffixes):
+    """Return an argparse type: a path that ends in one of the suffixes."""
+    def parse_path(text):
+        if os.path.splitext(text)[1] not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(suffixes)}")
+        return text
+    return parse_path
+
+
 def add_backbone_flags(group, default):
     """Add what chooses and loads a backbone. default: how --backbone's help describes its
     default."""
@@ -53,6 +62,47 @@ def add_backbone_flags(group, default):
         "github.com/facebookresearch/dinov3, in place of torch.hub's download")
     add("--dinov3-weights", type=filled, nargs=2, metavar=("BACKBONE", "TEXT"),
         help="dinov3txt: the two .pth files that Meta provides once its licence is accepted")
+
+
+def add_selection_flags(parser):
+    """Add the flags of a Selection."""
+    group, positive = parser.add_argument_group("what to evaluate"), bounded(int, 1, 10 ** 9)
+    add = group.add_argument
+    add("--checkpoint", type=filled, help="a student: a folder that distill.py wrote (default: "
+        "runs/spar); or, with --backbone, a file with a SPAR state dict of the authors")
+    add_backbone_flags(group, "to evaluate a pre-trained model; default: none, but the student")
+    add("--positions", choices=["size", "scale"], help="how a file of the authors resamples "
+        "positional embeddings: to a grid's size, or by the factor (grid + 0.1) / native grid "
+        "(default: scale for OpenCLIP's, which were trained so, and size for others)")
+    add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
+    add("--stride", "--strides", type=positive, nargs="+", metavar="N", help="pixels between "
+        "windows; several give a row each (default: 1.5 patches, in evaluate_ovs.py also half a "
+        "window)")
+    add("--window", type=positive, metavar="N", help="side of the sliding window in pixels "
+        "(default: the image size that the backbone was trained on)")
+    add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
+        "pre-trained sliding window and student in one table (default: on for the demo)")
+    add("--batch-size", type=positive, default=60, help="most windows per forward pass "
+        "(%(default)s); a CPU takes as many as its caches hold")
+
+
+def add_data_flags(parser):
+    """Add the flags of open_datasets."""
+    add = parser.add_argument_group("on what").add_argument
+    add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given),"
+        " voc21, voc20, cityscapes, ade20k, context60, context59, or all six")
+    add("--data-root", type=filled, default="data", metavar="DIR", help="the folder of the "
+        "benchmarks: DIR/VOCdevkit/VOC2012, DIR/cityscapes ... (%(default)s)")
+    add("--check-data", action="store_true", help="only check counts, pairs, sizes and label ids")
+    add("--images", type=filled, metavar="PATH", help="your own images: a folder or one file")
+    add("--masks", type=filled, metavar="DIR", help="label masks of --images: PNG files of the "
+        "same relative names, one channel of class numbers, 255 is ignored")
+    add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between "
+        "synonyms, the first line is label 0; or \"cat, grass | lawn, sky\"; with --dataset: "
+        "other names for its classes")
+    add("--background", metavar="WORDS", help="of --images: a class 0 before --classes for all "
+        "else, with what that may be: \"wall, floor, road\"")
+    add("--limit", type=bounded(int, 1, 10 ** 9), metavar="N", help="use only the first N images")
 
 
 def add_device_flags(parser, seed):

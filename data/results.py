@@ -35,17 +35,17 @@ def describe_settings(args, selection, methods, runtime):
 def write_results(args, settings, results, methods, datasets, runtime):
     """Print a summary and write what the flags ask for: JSON, a plot, scores in a model card."""
     if len({(row["dataset"], row["short_side"], row["area"]) for row in results}) > 1:
-        from extras.plots import print_summary
+        from extras.drawing import print_summary
         print_summary(results)
     if args.json and results:
-        hashes = {method.backbone: weights_hash(method.backbone) for method in methods}
+        hashes = {method.backbone: weights_hash(method.backbone.visual) for method in methods}
         lposs = next((method.lposs for method in methods if method.lposs), None)
         anyup = next((method.anyup for method in methods if method.anyup), None)
         names = {dataset.name: dataset.classes.names for dataset in datasets}
         settings = settings | {
             "weights": {method.label: hashes[method.backbone] for method in methods},
             "upsampler": args.upsampler,
-            "anyup": anyup and {"model": args.anyup_model, "weights": anyup.digest},
+            "anyup": anyup and anyup.digest,
             "refine": args.refine, "lposs": lposs and asdict(lposs),
             "device": str(runtime.device), "processes": runtime.world,
             "short_side": args.short_side, "area": args.area, "classes": names,
@@ -55,7 +55,7 @@ def write_results(args, settings, results, methods, datasets, runtime):
                                "settings": settings})
         print(f"results in {args.json}")
     if args.plot and results:
-        from extras.plots import plot
+        from extras.drawing import plot
         plot(results, args.plot)
         print(f"plot in {args.plot}")
     students = {row["checkpoint"] for row in results if row["method"] == "spar"}

@@ -5,7 +5,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from common import bilinear_strips, hub_clone, parameters_hash
+from common import bilinear_strips, hub_clone, weights_hash
 from data.files import RunError, first_line
 
 
@@ -13,20 +13,19 @@ class AnyUp(torch.nn.Module):
     """Guided upsampling of similarities by the published code and weights. Its attention masks a
     matrix of pixels x patches (17 GB at 1024 x 2048); here each tile of pixels meets only the
     patches that its mask lets through."""
-    CHECKPOINTS = {"anyup": "anyup_paper.pth", "anyup_multi_backbone": "anyup_multi_backbone.pth"}
+    MODEL = "anyup_multi_backbone"  # the published weights that were trained on several backbones
 
-    def __init__(self, model="anyup_multi_backbone", hub_dir=None, random_init=False,
-                 device="cpu"):
+    def __init__(self, hub_dir=None, random_init=False, device="cpu"):
         super().__init__()
-        clone, checkpoint = hub_clone("anyup", hub_dir), self.CHECKPOINTS[model]
+        clone, checkpoint = hub_clone("anyup", hub_dir), f"{self.MODEL}.pth"
         local = None if random_init or clone is None else clone / checkpoint
         if local and not local.is_file():
             raise RunError(f"{local} does not exist; fetch it from the releases of "
                            "https://github.com/wimmerth/anyup")
         try:
             self.model = torch.hub.load(
-                str(clone or "wimmerth/anyup"), model, source="local" if clone else "github",
-                verbose=False, trust_repo=True, pretrained=not (random_init or local),
+                str(clone or "wimmerth/anyup"), self.MODEL, verbose=False, trust_repo=True,
+                source="local" if clone else "github", pretrained=not (random_init or local),
                 device=device)
             if local:
                 state = torch.load(local, map_location=device, weights_only=True)
@@ -35,7 +34,7 @@ class AnyUp(torch.nn.Module):
             raise RunError(f"AnyUp cannot be loaded: {first_line(error)}. Without network, clone "
                            f"https://github.com/wimmerth/anyup elsewhere, put {checkpoint} of "
                            "its releases into the clone and give --hub-dir CLONE") from error
-        self.digest = parameters_hash(self.model)
+        self.digest = weights_hash(self.model)
         self.block, self.model.cross_decode = self.model.cross_decode, ReturnInputs()
         self.model.rope = InParts(self.model.rope)
         for module in self.model.modules():

@@ -1,68 +1,84 @@
-"""Label maps and features as images, a contact sheet of methods, and a table of class areas.
+"""Label maps and features as images, tables of class areas and of results, and a plot of these.
 
 Images are (3, H, W) uint8, label maps (H, W) int64, feature maps (h, w, D).
 """
-import colorsys
 import csv
+import functools
 import hashlib
 import math
 import os
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from data.files import atomic_path
-from data.benchmarks import label_table, load_sample, read_labels
+from data.benchmarks import Size
+from evaluate_ovs import label_of
 
-# colours that go with a name, so that no image shows blue grass; others get a hue of their own
-KNOWN_COLOURS = {
-    "sky": (140, 200, 250), "grass": (110, 180, 70), "water": (40, 110, 190),
-    "sand": (225, 200, 140), "brick wall": (170, 84, 66), "wood": (150, 110, 70),
-    "road": (110, 110, 115), "snow": (238, 242, 250), "flower field": (226, 120, 180),
-    "lily pond": (80, 150, 130), "pebble beach": (176, 164, 140), "parking lot": (70, 66, 96),
-    "ice rink": (150, 190, 235), "red ball": (220, 40, 40), "yellow ball": (240, 220, 60),
-    "blue ball": (40, 60, 220), "box": (90, 50, 110), "tent": (120, 70, 200),
-    "house": (235, 185, 40), "tree": (30, 100, 45), "car": (90, 240, 220),
-    "mushroom": (190, 50, 100), "fish": (245, 140, 40),
-}
+BACKGROUND = (90, 90, 90)
 
 
 # ---- one image -------------------------------------------------------------------------------
 
+@functools.cache
+def distinct_colours(count=255):
+    """Return colours of which each is as far as can be in CIELAB from all before it, from black
+    (ignored pixels), white (the paper) and grey (background): (count, 3) uint8."""
+    levels = np.linspace(0, 255, 11).round().astype(np.uint8)
+    candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+    taken = np.array([(0, 0, 0), (255, 255, 255), BACKGROUND], np.uint8)
+    to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
+    image = Image.fromarray(np.concatenate([candidates, taken])[None])
+    lab = np.asarray(ImageCms.applyTransform(image, to_lab))[0]
+    lab = np.stack([lab[:, 0] / 2.55, *lab[:, 1:].view(np.int8).T], 1)  # L, a, b
+    points, chosen = lab[:len(candidates)], []
+    distance = np.linalg.norm(points[:, None] - lab[len(candidates):], axis=2).min(1)
+    for _ in range(count):
+        chosen.append(distance.argmax())
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return candidates[chosen]
+
+
 def palette(classes):
     """Return each class's colour, black for ignored pixels: (256, 3) uint8."""
     colours = np.zeros((256, 3), np.uint8)
-    for k, title in enumerate(classes.titles):  # hues by golden-ratio steps
-        saturation, value = (0.85, 0.6, 0.45)[k % 3], (0.95, 0.75, 0.55)[k // 3 % 3]
-        levels = colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value)
-        colours[k] = KNOWN_COLOURS.get(title, [round(255 * level) for level in levels])
+    colours[:len(classes)] = distinct_colours()[:len(classes)]
     if classes.background:
-        colours[0] = 90
+        colours[0] = BACKGROUND
     return colours
 
 
+@functools.cache
+def font(size):
+    """Return matplotlib's own DejaVu Sans, which has more scripts than Pillow's default."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def draw_legend(draw, left, top, colour, text):
-    draw.rectangle([left, top, left + 12, top + 12], fill=tuple(colour.tolist()))
-    draw.text((left + 18, top - 2), text, fill="black", font=ImageFont.load_default(13))
+def draw_legend(draw, left, top, colour, text, size=12):
+    draw.rectangle([left, top, left + size, top + size], fill=tuple(colour.tolist()))
+    draw.text((left + 1.5 * size, top - size // 6), text, fill="black", font=font(size))
 
 
 def overlay_image(image, labels, classes):
     """Return the image under its class colours, with a legend of the classes and their areas."""
-    colours, line = palette(classes), 18
+    colours = palette(classes)
     blend = 0.45 * image.permute(1, 2, 0).numpy() + 0.55 * colours[labels.numpy()]
-    blend = blend.astype(np.uint8)
+    blend = Image.fromarray(blend.astype(np.uint8))
     areas = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
-    shown = [k for k in areas.argsort(descending=True).tolist() if areas[k] >= 0.001]
-    height, width = max(blend.shape[0], line * len(shown) + 8), blend.shape[1]
-    sheet = Image.new("RGB", (width + 190, height), "white")
-    sheet.paste(Image.fromarray(blend))
-    for row, k in enumerate(shown):
-        draw_legend(ImageDraw.Draw(sheet), width + 10, 6 + row * line, colours[k],
-                    f"{classes.titles[k]}  {100 * areas[k]:.1f} %")
+    texts = {k: f"{classes.titles[k]}  {100 * areas[k]:.1f} %"
+             for k in areas.argsort(descending=True).tolist() if areas[k] >= 0.001}
+    size = max(12, max(blend.size) // 60)  # of the letters, in pixels
+    margin, line = size // 2, 3 * size // 2
+    width = int(max(map(font(size).getlength, texts.values()))) + 2 * line
+    sheet = Image.new("RGB", (blend.width + width + margin,
+                              max(blend.height, line * len(texts) + margin)), "white")
+    sheet.paste(blend)
+    draw = ImageDraw.Draw(sheet)
+    for row, (k, text) in enumerate(texts.items()):
+        draw_legend(draw, blend.width + margin, margin + row * line, colours[k], text, size)
     return sheet
 
 
@@ -113,91 +129,96 @@ def has_maps(folder, name):
     return all(map_path(folder, name, kind).is_file() for kind in MAP_KINDS)
 
 
-# ---- what a table of evaluations compares ----------------------------------------------------
+# ---- what a table of evaluations counted -----------------------------------------------------
 
-def summarise_maps(table):
-    """Write a contact sheet of a table's maps, and without masks the areas of its classes."""
+def write_shares(table):
+    """Write which share of each image every class takes to shares.csv beside a table's maps, and
+    print it where there is no score to print."""
     folder = table[0].maps.parent if len(table) > 1 else table[0].maps
-    if table[0].dataset.masks is None:
-        write_shares(table, folder / "shares.csv")
-    save_image(draw_sheet(table), folder / "sheet.png")
-    print(f"maps in {folder}, some of them side by side in {folder / 'sheet.png'}")
-
-
-def write_shares(table, path):
-    """Print which share of each image every class takes, and write it as a CSV file."""
     titles, lines = table[0].dataset.classes.titles, []
     for evaluation in table:
         for name in sorted(evaluation.journal.done):
-            areas = evaluation.confusion([name])[0]
-            areas = (100 * areas / areas.sum().item()).tolist()
+            areas = evaluation.confusion([name]).sum(0)  # of the predictions
+            areas = (100 * areas / areas.sum()).tolist()
             lines.append([name, evaluation.method.label, *(f"{area:.2f}" for area in areas)])
-            largest = sorted(zip(areas, titles), reverse=True)
-            print(f"{name} ({evaluation.method.label}): " + ", ".join(
-                f"{title} {area:.1f} %" for area, title in largest if area > 0))
+            if table[0].dataset.masks is None:
+                largest = sorted(zip(areas, titles), reverse=True)
+                print(f"{name} ({evaluation.method.label}): " + ", ".join(
+                    f"{title} {area:.1f} %" for area, title in largest if area > 0))
+    path = folder / "shares.csv"
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
                                               errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", "method", *(f"{t} %" for t in titles)], *lines])
+    print(f"maps in {folder}, the share of each class in {path}")
 
 
-def draw_sheet(table, most=6):
-    """Return a contact sheet of images, first where windows lead the first method in mIoU most."""
-    from evaluate_ovs import scores
-    dataset, first = table[0].dataset, table[0]
-    names = [name for name in dataset.images
-             if all(name in evaluation.journal.done for evaluation in table)]
-    windows = [evaluation for evaluation in table[1:] if evaluation.method.stride]
-    if windows and dataset.masks:
-        def lead(name):
-            ahead, behind = (scores(each.confusion([name]))[1] for each in (windows[-1], first))
-            # nan where the mask ignores every pixel
-            return -math.inf if math.isnan(ahead - behind) else ahead - behind
-        names.sort(key=lead, reverse=True)
-    rows = []
-    for name in names[:most]:
-        image, labels, _ = load_sample(dataset, dataset.images.index(name))
-        maps = [read_labels(map_path(evaluation.maps, name, "labels"), image.shape[-2:],
-                            label_table("plain", len(dataset.classes))) for evaluation in table]
-        rows.append([image, *([] if labels is None else [labels]), *maps])
-    titles = ["image", *["labels"] * bool(dataset.masks), *map(title_of, table)]
-    return contact_sheet(rows, titles, dataset.classes)
+# ---- results over several data sets and sizes ------------------------------------------------
+
+def result_label(result):
+    return label_of(result["method"], result["refine"], result["upsampler"])
 
 
-def title_of(evaluation):
-    """Return what a method is called on a contact sheet."""
-    method = evaluation.method
-    title = f"window, stride {method.stride}" if method.stride else "single pass"
-    if method.name == "spar":
-        windows = method.backbone.windows
-        title = (f"SPAR, frozen blocks in windows of stride {windows.stride}" if windows else
-                 "SPAR, single pass")
-    return title + method.label.removeprefix(method.name)
+def result_size(result):
+    return Size(result["short_side"], result["area"])
 
 
-def contact_sheet(rows, titles, classes, height=150):
-    """Return rows of (image, then label maps) under column titles, with a legend below."""
-    colours, gap = palette(classes), 4
-    strips = []
-    for image, *label_maps in rows:
-        pixels = image.permute(1, 2, 0).numpy()
-        cells = [pixels] + [(0.2 * pixels + 0.8 * colours[labels.numpy()]).astype(np.uint8)
-                            for labels in label_maps]
-        width = max(1, round(height * pixels.shape[1] / pixels.shape[0]))
-        strips.append([Image.fromarray(cell).resize((width, height), Image.BILINEAR)
-                       for cell in cells])
-    width = max(150, *(strip[0].width for strip in strips)) + gap
-    present = set().union(*(labels.unique().tolist() for _, *maps in rows for labels in maps))
-    shown = sorted(k for k in present if k < len(classes))
-    per_line = max(1, width * len(titles) // 130)
-    bottom = 24 + (height + gap) * len(strips)
-    size = width * len(titles), bottom + 18 * math.ceil(len(shown) / per_line) + 2
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((column * width + 2, 3), title, fill="black", font=ImageFont.load_default(13))
-        for row, strip in enumerate(strips):
-            sheet.paste(strip[column], (column * width, 22 + row * (height + gap)))
-    for position, k in enumerate(shown):
-        draw_legend(draw, position % per_line * 130 + 2, bottom + position // per_line * 18,
-                    colours[k], classes.titles[k])
-    return sheet
+def print_summary(results):
+    """Print the mIoU of every method by data set and size, and its average over the data sets."""
+    columns = list(dict.fromkeys((result["dataset"], result_size(result)) for result in results))
+    datasets, sizes = (list(dict.fromkeys(axis)) for axis in zip(*columns))
+    labels = list(dict.fromkeys(map(result_label, results)))
+    cells = {(result_label(result), result["dataset"], result_size(result)): result["miou"]
+             for result in results}
+    by_size = len(sizes) > 1 and len(datasets) < len(columns)
+    titles = [" ".join([name] * (len(datasets) > 1)
+                       + [str(size.requested or "own size")] * by_size) for name, size in columns]
+    averaged = len(datasets) > 1 and len(datasets) == len(columns)
+    titles += ["average"] * averaged
+    width, cell = max(map(len, labels)) + 2, max(10, *(len(title) + 2 for title in titles))
+    print("\n" + f"{'mIoU':<{width}}" + "".join(f"{title:>{cell}}" for title in titles))
+    for label in labels:
+        line = [cells.get((label, *column), math.nan) for column in columns]
+        line += [float(np.mean(line))] * averaged
+        values = ("-" if math.isnan(value) else f"{value:.1f}" for value in line)
+        print(f"{label:<{width}}" + "".join(f"{value:>{cell}}" for value in values))
+
+
+def plot(results, path):
+    """Plot mIoU against time, and resolution if it varies, averaged over a method's data sets."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sweep = len({result_size(result).requested for result in results} - {None}) > 1
+    points = {}  # method -> requested number of pixels -> its results
+    for result in results:
+        side = result_size(result).requested if sweep else None
+        points.setdefault(result_label(result), {}).setdefault(side, []).append(result)
+    figure, panels = plt.subplots(1, 1 + sweep, figsize=(6 + 5 * sweep, 4), layout="constrained",
+                                  squeeze=False)
+    for position, (label, by_size) in enumerate(points.items()):
+        marks = sorted(by_size.items(), key=lambda item: item[0] or 0)
+        miou, milliseconds = ([factor * np.mean([result[key] for result in group])
+                               for _, group in marks]
+                              for key, factor in (("miou", 1), ("seconds_per_image", 1e3)))
+        style = {"marker": "os^Dv*PX"[position % 8], "label": as_text(label)}
+        panels[0, -1].plot(milliseconds, miou, **style)
+        if sweep:
+            pairs = [(side, value) for (side, _), value in zip(marks, miou) if side]
+            panels[0, 0].plot(*zip(*pairs), **style)
+    if sweep:
+        by_area = any(result["area"] for result in results)
+        panels[0, 0].set(ylabel="mIoU", xlabel="side of the square of the image's area in pixels"
+                         if by_area else "short side of the image in pixels")
+    panels[0, -1].set(xscale="log", xlabel="milliseconds per image", ylabel="mIoU")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3, which="both")
+    panels[0, -1].legend(fontsize=8)
+    names = ", ".join(dict.fromkeys(result["dataset"] for result in results))
+    figure.suptitle(as_text(names), fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def as_text(name):
+    """Return a name, which may be a path, as matplotlib can draw it."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")

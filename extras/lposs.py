@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from common import bilinear_strips, window_starts
-from data.files import UsageError, fit_to_patches
+from common import window_starts
+from data.files import UsageError
 from data.flags import bounded
 
 
@@ -20,8 +20,6 @@ class Lposs:
     power: float = 1.0  # of the distance
     alpha: float = 0.95  # weight of the neighbours against the patch's own similarities, below 1
     steps: int = 10  # of conjugate gradients, which are not run to convergence
-    tau: float = 0.01  # lposs+: scale of colour differences, Lab / (100, 128, 128)
-    reach: int = 6  # lposs+: pixels to each side that a pixel is joined with
 
 
 def read_settings(texts):
@@ -31,7 +29,7 @@ def read_settings(texts):
         name, _, value = text.partition("=")
         if name not in kinds:
             raise UsageError(f"--lposs {text}: give KEY=VALUE with a KEY of {', '.join(kinds)}")
-        low = {"k": 1, "steps": 1, "reach": 1, "alpha": 0, "tau": 1e-12}.get(name, -10 ** 9)
+        low = {"k": 1, "steps": 1, "alpha": 0}.get(name, -10 ** 9)
         number = bounded(kinds[name], low, 0.999999 if name == "alpha" else 10 ** 9)
         try:
             given[name] = number(value)
@@ -40,10 +38,9 @@ def read_settings(texts):
     return Lposs(**given)
 
 
-def propagated(method, image, prepared, texts):
-    """Return a Method's similarities to texts (N, D) for an image (3, H, W) uint8 after propagation
-    over the patches of a single pass, (h, w, N), or of all windows in one graph, (H, W, N). LPOSS+
-    continues over the pixels. prepared: the image for the backbone."""
+def propagated(method, prepared, texts):
+    """Return a Method's similarities to texts (N, D) for a prepared image after propagation over
+    the patches of a single pass, (h, w, N), or of all windows in one graph, (H, W, N)."""
     size, patch = prepared.shape[-2:], method.backbone.patch
     if method.stride:
         maps = torch.cat(list(method.window_maps(prepared)))  # (n, h, w, D)
@@ -58,15 +55,9 @@ def propagated(method, image, prepared, texts):
     flat = maps.flatten(0, 2)
     similarities = propagate_patches(flat, centres.to(flat), flat @ texts.T, method.lposs)
     similarities = similarities.unflatten(0, maps.shape[:3])  # (n, h, w, N)
-    if method.stride:
-        strips = method.stitch(prepared, [similarities]).strips(size)
-        similarities = strips(0, size[0]).permute(1, 2, 0)
-    else:
-        similarities = similarities[0]
-    if method.refine == "lposs":
-        return similarities
-    pixels = fit_to_patches(image, patch).to(prepared.device)
-    return propagate_pixels(pixels, similarities, method.lposs)
+    if not method.stride:
+        return similarities[0]
+    return method.stitch(prepared, [similarities]).strips(size)(0, size[0]).permute(1, 2, 0)
 
 
 def best_synonyms(similarities, class_of_name):
@@ -78,24 +69,19 @@ def best_synonyms(similarities, class_of_name):
 
 
 def conjugate_gradients(apply, targets, steps, tolerance=1e-6):
-    """Solve apply(X) = targets (Q, ...) from 0, each row with its own step sizes and end."""
-    def dot(a, b):
-        return (a * b).flatten(1).sum(1, dtype=torch.float64)
-
-    def times(scales, rows):
-        return scales.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1)) * rows
-
+    """Solve apply(X) = targets (Q, M) from 0, each row with its own step sizes and end."""
     solution, residual, direction = torch.zeros_like(targets), targets.clone(), targets.clone()
-    power = dot(residual, residual)
+    power = residual.square().sum(1, keepdim=True)  # (Q, 1)
     limit = tolerance ** 2 * power
     for _ in range(steps):
         active = power > limit
         applied = apply(direction)
-        step = torch.where(active, power / dot(direction, applied), 0)
-        solution += times(step, direction)
-        residual -= times(step, applied)
-        before, power = power, dot(residual, residual)
-        direction = residual + times(torch.where(active, power / before, 0), direction)
+        curvature = (direction * applied).sum(1, keepdim=True)
+        step = torch.where(active, power / curvature, 0)
+        solution += step * direction
+        residual -= step * applied
+        before, power = power, residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(active, power / before, 0) * direction
     return solution
 
 
@@ -136,73 +122,3 @@ def propagate_patches(features, centres, similarities, lposs):
     solution = conjugate_gradients(lambda rows: rows - lposs.alpha * (graph @ rows.T).T,
                                    similarities.T.double(), lposs.steps)
     return (1 - lposs.alpha) * solution.T.float()
-
-
-def rgb_to_lab(image):
-    """Convert sRGB (3, H, W) uint8 to CIE L*a*b* for white D65, (3, H, W) float32."""
-    rgb = image.float() / 255
-    rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
-                           [0.019334, 0.119193, 0.950227]], device=image.device)
-    white = torch.tensor([0.95047, 1.0, 1.08883], device=image.device).view(3, 1, 1)
-    xyz = (to_xyz @ rgb.flatten(1)).view_as(rgb) / white
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-class PixelGraph:
-    """LPOSS+'s normalised adjacency of the pixels of an image (3, H, W) uint8: each is joined with
-    the square around it by exp(-colour difference / tau). Instead of a matrix there are maps of
-    weights, one for half of the offsets, and products of shifted maps."""
-
-    def __init__(self, image, reach, tau):
-        self.reach, self.size = reach, image.shape[-2:]
-        (height, width), ranges = self.size, torch.tensor([100.0, 128.0, 128.0]).view(3, 1, 1)
-        lab = rgb_to_lab(image) / ranges.to(image.device)
-        self.offsets = [(dy, dx) for dy in range(reach + 1) for dx in range(-reach, reach + 1)
-                        if (dy, dx) > (0, 0)]
-        # weights[d, reach + y, reach + x] joins (y, x) with (y, x) + offset d; 0 if it is outside
-        self.weights = lab.new_zeros(len(self.offsets), height + 2 * reach, width + 2 * reach)
-        for weights, (dy, dx) in zip(self.weights, self.offsets):
-            if dy < height and abs(dx) < width:
-                left, right = max(0, -dx), width - max(0, dx)  # of the pixels that have a partner
-                here = lab[:, :height - dy, left:right]
-                there = lab[:, dy:, left + dx:right + dx]
-                inside = weights[reach:reach + height - dy, reach + left:reach + right]
-                inside.copy_(torch.exp(-(here - there).norm(dim=0) / tau))
-        degrees = self.apply(torch.ones(1, height, width, device=image.device))[0]
-        scale = F.pad(torch.where(degrees > 0, degrees, 1).rsqrt(), (reach,) * 4)
-        for weights, (dy, dx) in zip(self.weights, self.offsets):
-            weights *= scale * scale.roll((-dy, -dx), (0, 1))
-
-    def apply(self, maps):
-        """Return the product of (Q, H, W) with the adjacency, (Q, H, W)."""
-        (height, width), reach = self.size, self.reach
-        padded, products = F.pad(maps, (reach,) * 4), torch.zeros_like(maps)
-        rows = 64 if maps.device.type == "cpu" else height  # strips that stay in a CPU's cache
-        for first in range(0, height, rows):
-            out = products[:, first:first + rows]
-
-            def shifted(values, dy, dx):
-                top, left = reach + first + dy, reach + dx
-                return values[..., top:top + out.shape[1], left:left + width]
-
-            for weights, (dy, dx) in zip(self.weights, self.offsets):
-                out.addcmul_(shifted(weights, 0, 0), shifted(padded, dy, dx))
-                out.addcmul_(shifted(weights, -dy, -dx), shifted(padded, -dy, -dx))
-        return products
-
-
-def propagate_pixels(image, similarities, lposs, values=2 ** 24):
-    """Return the similarities (H, W, N) float32 that LPOSS+ propagates over an image (3, H, W)
-    uint8, from (h, w, N). values: floats of one map held at a time."""
-    height, width = image.shape[-2:]
-    graph = PixelGraph(image, lposs.reach, lposs.tau)
-    propagated = similarities.new_empty(similarities.shape[2], height, width)
-    part = max(1, values // (height * width))
-    for first in range(0, len(propagated), part):
-        some = similarities[..., first:first + part]
-        maps = bilinear_strips(some, (height, width))(0, height).contiguous()
-        propagated[first:first + part] = conjugate_gradients(
-            lambda rows: rows - lposs.alpha * graph.apply(rows), maps, lposs.steps)
-    return (1 - lposs.alpha) * propagated.permute(1, 2, 0)

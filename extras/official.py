@@ -58,8 +58,6 @@ def load_checkpoint(backbone, path):
         load_strictly(backbone.model, tensors, path)
 
 
-
-
 def save_student(student, folder, checkpoint, runtime):
     """Write what distill.py would have written for a checkpoint's file, in the first process."""
     if runtime.rank > 0:

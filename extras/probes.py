@@ -30,18 +30,15 @@ class Settings:
     temperature: float = 0.02
     bank_size: int | None = None
     train_share: float = 1.0
-    ignored: str = "left-out"
     steps: int = 50
     lr: float = 3e-2
     crop: int | None = None
-    classifier: str = "text"
     seeds: tuple = (0,)
     weight_decay: float = 0.05
     images_per_step: int = 16
 
     def useful_seeds(self, probe):
         """Return the seeds that make a difference to a probe."""
-        probe = self.classifier if probe == "panoptic" else probe
         draws = self.train_share < 1 or self.bank_size
         return self.seeds if probe == "linear" or probe == "knn" and draws else self.seeds[:1]
 
@@ -56,12 +53,11 @@ class Features:
         self.method, self.dataset = method, dataset
         self.runtime, self.workers = runtime, workers
         self.patch, self.dim = method.backbone.patch, method.backbone.dim
-        depends = [weights_hash(method.backbone), method.stride, method.window, runtime.precision,
-                   str(method.backbone.windows), files_state(dataset)]
+        depends = [weights_hash(method.backbone.visual), str(method.backbone.windows),
+                   method.stride, method.window, runtime.precision, files_state(dataset)]
         self.keeps = str(keep_in) != "off"
         self.folder = keep_in / text_hash(depends)[:12]
         self.folder_name = method.name.replace("/", "-")
-        self.no_vectors = torch.zeros(0, self.dim, device=runtime.device)
 
     def path(self, index, flip):
         return self.folder / f"{index}{'-flip' * flip}.npy"
@@ -129,11 +125,9 @@ class Features:
 
 # ---- kNN: in-context segmentation, as in open-hummingbird-eval 2.0 without its defects -----------
 
-def patch_shares(labels, grid, patch, count, ignored="left-out"):
+def patch_shares(labels, grid, patch, count):
     """Return the share of each patch's pixels that each class has: (H, W) -> (h * w, count)."""
     (height, width), labels = grid, nearest_labels(labels, [side * patch for side in grid])
-    if ignored == "class0":
-        labels = labels.where(labels != IGNORE, 0)
     cells = labels.view(height, patch, width, patch).transpose(1, 2).reshape(height * width, -1)
     cells = cells.where(cells != IGNORE, count)  # an additional class, which is cut off below
     shares = torch.zeros(len(cells), count + 1)
@@ -153,7 +147,7 @@ def bank(features, indices, settings, seed, rows=2 ** 16):
     for index, image_features in features.stream(indices):
         labels = read_mask(features.dataset, index)
         grid = image_features.shape[:2]
-        shares = patch_shares(labels, grid, features.patch, count, settings.ignored)
+        shares = patch_shares(labels, grid, features.patch, count)
         kept = shares.any(1).nonzero()[:, 0]
         if settings.bank_size:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
@@ -274,7 +268,7 @@ def describe_head(features, crop):
     """Return what a linear head's file says of it."""
     method = features.method
     return {"method": method.name, "backbone": method.origin, "crop": crop,
-            "weights": weights_hash(method.backbone), "stride": method.stride,
+            "weights": weights_hash(method.backbone.visual), "stride": method.stride,
             "window": list(method.window) if method.stride else None,
             "classes": features.dataset.classes.names}
 
