@@ -257,6 +257,19 @@ def load_teacher(args, runtime):
     return backbone, window, stride
 
 
+def describe(args, runtime, backbone, window, stride, augmentation, root, maps):
+    """Return what teacher.json says: how the feature maps were made."""
+    return {
+        "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
+        "weights": weights_hash(backbone.visual), "stride": stride,
+        "window": list(window) if window else None, "versions": args.versions, "seed": args.seed,
+        "augment": asdict(augmentation) if augmentation else "none",
+        "precision": runtime.precision, "compile": args.compile,
+        "images": str(root), "patch": backbone.patch, "dim": backbone.dim, "maps": maps,
+        "torch": torch.__version__, "open_clip": open_clip.__version__,
+    }
+
+
 def report(out, root, jobs, alone):
     index, failures = merge(out, root, alone)
     done = set(jobs).intersection(map(job_of, index))
@@ -276,14 +289,7 @@ def main(args):
 
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone, window, stride = load_teacher(args, runtime)
-    settings = {
-        "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
-        "weights": weights_hash(backbone.visual), "stride": stride,
-        "window": window and list(window), "versions": args.versions, "seed": args.seed,
-        "augment": asdict(augmentation) if augmentation else "none",
-        "precision": runtime.precision, "compile": args.compile,
-        "images": str(root), "patch": backbone.patch, "dim": backbone.dim, "maps": len(jobs),
-        "torch": torch.__version__, "open_clip": open_clip.__version__}
+    settings = describe(args, runtime, backbone, window, stride, augmentation, root, len(jobs))
     writer, writers = shard * runtime.world + runtime.rank, shards * runtime.world
     suffix = f"-{writer + 1}of{writers}" if writers > 1 else ""  # of this process's lists
     if runtime.rank == 0:

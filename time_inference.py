@@ -173,15 +173,22 @@ def plot(rows, path):
         figure.savefig(temporary, dpi=130)
 
 
-def main(args):
-    runtime = start_runtime(args.device, args.precision, args.seed)
-    backbone = load_backbone(args.backbone, args.random_init, runtime.device,
-                             hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+def choose_sizes(args, backbone):
+    """Return the sizes (H, W) and the strides to time, in order."""
     height, width = backbone.window or (512, 512)
     sizes = args.sizes or [(scale * height, scale * width) for scale in (1, 2, 3)]
     strides = args.strides or [0]
     if args.strides is None and (args.window or backbone.window):
         strides += [(args.window or min(height, width)) // 2, default_stride(backbone.patch)]
+    sizes = [[nearest_multiple(side, backbone.patch) for side in size] for size in sizes]
+    return sizes, list(dict.fromkeys(strides))
+
+
+def main(args):
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    backbone = load_backbone(args.backbone, args.random_init, runtime.device,
+                             hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+    sizes, strides = choose_sizes(args, backbone)
     for stride in strides:
         window = choose_window(backbone, args.window, stride)
     rate = matrix_product_rate(runtime)  # to compare with
@@ -195,18 +202,15 @@ def main(args):
 
     rows, passes = [], (args.batch_size, args.warmup, args.repeats)
     for size in sizes:
-        size = [nearest_multiple(side, backbone.patch) for side in size]
         image = torch.randn(3, *size, device=runtime.device)
         single = None  # median milliseconds of the single pass
-        for stride in dict.fromkeys(strides):
+        for stride in strides:
             row = measure(backbone, image, window, stride, passes, runtime)
             single = single if stride else row["ms_median"]
             row["share_of_matrix_rate"] = 1e12 * row["tflops"] / rate
-            row["ratio_to_single_pass"] = single and row["ms_median"] / single
+            row["ratio_to_single_pass"] = ratio = single and row["ms_median"] / single
             rows.append(row)
-            ratio = row["ratio_to_single_pass"]
             print(ROW.format(**row, ratio=f"{ratio:.1f}" if ratio else "-"), flush=True)
-
     if args.json:
         write_json(args.json, {"rows": rows, "settings": settings})
     if args.plot:

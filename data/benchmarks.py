@@ -50,13 +50,13 @@ class Classes:
 def read_classes(source, background=None):
     """Read classes from a file, one per line, or from a text like "cat, grass | lawn, sky".
     background: words for a class 0 before them, which a first class called background is, too."""
-    source, where = str(source), "classes"
+    source, where = str(source), f"classes {source}"
     if os.path.isfile(source):  # also False for a text that is too long for a path
-        where = f"classes {source}"
         names = read_class_file(source)
     elif source.endswith((".txt", ".csv", ".json")) or os.sep in source or os.path.isdir(source):
-        raise UsageError(f"classes {source}: no such file")
+        raise UsageError(f"{where}: no such file")
     else:
+        where = "classes"
         names = [entry.split("|") for entry in source.split(",")] if source.strip() else []
     if not names:
         raise UsageError(f"{where}: the list is empty; give one class per line, or a text like "
@@ -89,13 +89,11 @@ def check_names(names, where, first):
     seen = {}
     for number, synonyms in enumerate(names, first):
         place = f"{where}: class {number}" if number else "background"  # which precedes class 1
-        for name in synonyms:
-            if not name:
-                raise UsageError(f"{place}: an empty name")
-            if name.lower() in seen:
-                raise UsageError(f"{place}: '{name}' is a name of class {seen[name.lower()]}, "
-                                 "too; names must be unique")
-            seen[name.lower()] = number
+        for name in map(str.lower, synonyms):
+            if not name or name in seen:
+                raise UsageError(f"{place}: '{name}' is a name of class {seen[name]}, too; names "
+                                 "must be unique" if name else f"{place}: an empty name")
+            seen[name] = number
         if number and not first and synonyms[0].lower() == "background":
             raise UsageError(f"{place} is called background, although background words are given")
 
@@ -397,14 +395,10 @@ def to_classes(ids, table, path):
     return torch.from_numpy(table[ids])
 
 
-def read_labels(path, size, table):
-    """Read a mask as classes: (H, W) int64."""
-    return to_classes(read_label_ids(path, size), table, path)
-
-
 def read_mask(dataset, index, size=None):
     """Read the mask of an image of this size as classes: (H, W) int64."""
-    return read_labels(dataset.masks[index], size, dataset.tables[index])
+    path = dataset.masks[index]
+    return to_classes(read_label_ids(path, size), dataset.tables[index], path)
 
 
 def load_sample(dataset, index):

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-# ---- errors ----------------------------------------------------------------------------------
-
 
 class UsageError(Exception):
     """A flag or argument that cannot work; a stage ends with exit code 2."""
@@ -41,8 +39,6 @@ def first_line(error):
     """Return the first line of an error's text, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
-
-# ---- files -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def reading(path, remedy):
@@ -219,23 +215,22 @@ def keep_settings(path, settings, free=(), flag="--out"):
     except in keys that are `free`. flag: what names the folder."""
     path = Path(path)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         mine = path.with_name(f".tmp-{secrets.token_hex(8)}")
         write_json(mine, settings)
-        with contextlib.suppress(FileExistsError, PermissionError):
-            os.link(mine, path)  # unlike a replacement, only one of several first runs succeeds
-        if not path.exists():  # a file system without links
-            shutil.copyfile(mine, path)
-        mine.unlink()
+        with contextlib.suppress(OSError):  # another first run was earlier, or there are no links
+            os.link(mine, path)
+        if not path.exists():
+            os.replace(mine, path)
+        mine.unlink(missing_ok=True)
     before = read_json(path, "delete that folder")
     changes = [f"{key} was {before.get(key)!r} and is now {value!r}"
                for key, value in settings.items() if key not in free and before.get(key) != value]
     if changes:
         raise UsageError(f"{path.parent} was made with other settings: {', '.join(changes)}. "
                          f"Give another {flag}, or delete that folder")
-    kept = {key: settings[key] for key in free if key in settings}
-    if before | kept != before:
-        write_json(path, before | kept)
+    kept = before | {key: settings[key] for key in free}
+    if kept != before:
+        write_json(path, kept)
 
 
 # ---- images ----------------------------------------------------------------------------------

@@ -1,6 +1,4 @@
 """AnyUp (Wimmer et al., 2025): its published network on class similarities, in tiles."""
-import functools
-
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -36,30 +34,19 @@ class AnyUp(torch.nn.Module):
                            "its releases into the clone and give --hub-dir CLONE") from error
         self.digest = weights_hash(self.model)
         self.block, self.model.cross_decode = self.model.cross_decode, ReturnInputs()
-        self.model.rope = InParts(self.model.rope)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.SiLU):
-                module.inplace = True  # nothing else needs the normalised input
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def strips(self, image, similarities, size):
         """Enlarge (h, w, N) to `size` as bilinear_strips does, by an image (3, H, W) uint8."""
         if min(similarities.shape[:2]) < 2:
-            print_once("AnyUp needs two patches along each side; smaller images are enlarged "
-                       "bilinearly")
-            return bilinear_strips(similarities, size)
+            return bilinear_strips(similarities, size)  # it needs two patches along each side
         constants = open_clip.constants
         mean, std = (torch.tensor(values, device=similarities.device).view(3, 1, 1)
                      for values in (constants.IMAGENET_MEAN, constants.IMAGENET_STD))
         guide = (image.to(similarities.device).float() / 255 - mean) / std
         low = similarities.permute(2, 0, 1)[None]  # (1, N, h, w)
         return TiledAttention(self.block, *self.model(guide[None], low, tuple(size))).strip
-
-
-@functools.cache
-def print_once(text):
-    print(text)
 
 
 class TiledAttention:
@@ -114,21 +101,6 @@ class TiledAttention:
                      for left in range(0, queries.shape[1], self.side)]
             strips.append(torch.cat(tiles, 1))
         return torch.cat(strips).permute(2, 0, 1)
-
-
-class InParts(torch.nn.Module):
-    """AnyUp's positional encoding, some positions at a time, to lower the peak of memory."""
-
-    def __init__(self, encode):
-        super().__init__()
-        self.encode = encode
-
-    def forward(self, values, coordinates, part=2 ** 16):
-        encoded = torch.empty_like(values)  # (1, H * W, C)
-        for first in range(0, values.shape[1], part):
-            some = slice(first, first + part)
-            encoded[:, some] = self.encode(values[:, some], coordinates[:, some])
-        return encoded
 
 
 class ReturnInputs(torch.nn.Module):

@@ -8,16 +8,13 @@ from data.files import UsageError, read_json, reading, write_json
 from extras.model_card import write_card
 
 
-class Unread:
+class Unread(dict):
     """Stands for an object beside the tensors, such as settings, whose class is not loaded."""
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
         pass
 
 
