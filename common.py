@@ -51,7 +51,7 @@ IGNORE = 255  # the label of pixels that no score counts
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 
-# ---- windows and stitching (paper, section 3.4; method.md, "Teacher") ------------------------
+# ---- windows and stitching (paper, section 3.4) ----------------------------------------------
 
 def window_starts(length, window, stride):
     """Return where windows start along an axis: 0, s, 2s, ... and one flush with the border."""
@@ -133,7 +133,7 @@ def linear_matrix(inputs, outputs):
 def stitch_axis(length, window, stride, patch, cell):
     """Return the stitching along an axis as one matrix per window: (n, length / cell, window /
     patch) float64. It upsamples features to cells of `cell` pixels, places them, and divides by
-    the number of windows over a cell."""
+    the number of windows over a cell. PixelStitcher relies on these equal weights."""
     starts = window_starts(length, window, stride)
     window = min(window, length)
     upsample = linear_matrix(window // patch, window // cell)  # (cells, features) of a window
@@ -151,9 +151,9 @@ class Stitcher:
     """Joins the feature maps of overlapping windows into one map.
 
     Upsampling by u = lcm(stride, patch) / stride, averaging over overlaps and downsampling are
-    linear and, as windows lie on a product grid, separable. So the stitched map is
-    out[c] = sum over a, b of R_a F_ab[c] C_b^T, with a matrix per row and per column of windows,
-    without upsampled maps. rows: (A, H', i) for outputs of H' rows, columns: (B, W', j)."""
+    linear and, as windows lie on a product grid, separable. So channel c of the stitched map is
+    the sum over windows (a, b) of R_a F_ab[c] C_b^T, where F_ab[c] is the window's map (i, j).
+    rows: a matrix R_a (H', i) for each row of windows; columns: C_b (W', j) for each column."""
 
     def __init__(self, rows, columns, device="cpu"):
         self.row_spans = [self.span(weights) for weights in rows]
@@ -166,7 +166,7 @@ class Stitcher:
     @classmethod
     def of_features(cls, size, window, stride, patch, device="cpu"):
         """Return a stitcher for windows (H, W) of an image of `size`, to its patch grid."""
-        cell = math.gcd(stride, patch)  # patch / u, with u = lcm(stride, patch) / stride
+        cell = math.gcd(stride, patch)  # a patch divided by u
         axes = [linear_matrix(length // cell, length // patch)
                 @ stitch_axis(length, side, stride, patch, cell)
                 for length, side in zip(size, window)]
@@ -235,12 +235,12 @@ def open_features(path):
 # ---- positional embeddings -------------------------------------------------------------------
 
 def resize_positions(table, grid, new_grid, rule="size"):
-    """Return learned positional embeddings for another patch grid: bicubic, without antialiasing
-    (method.md, "Student").
+    """Return learned positional embeddings for another patch grid, (h' * w', C): bicubic, without
+    antialiasing (paper, section 3.4).
 
     table: (h * w, C) for grid (h, w); returned as it is for the same grid. rule: "size" resizes to
-    the new grid's size; "scale" steps by h / (h' + 0.1), as the paper's authors trained their
-    OpenCLIP students. Returns (h' * w', C)."""
+    the new grid's size; "scale" steps by h / (h' + 0.1), as DINO's code and the paper's OpenCLIP
+    students do."""
     # an exported graph must not take the size of its example for every size
     if tuple(grid) == tuple(new_grid) and not torch.compiler.is_exporting():
         return table
@@ -295,8 +295,8 @@ class Backbone(nn.Module):
     Attributes: visual (the image tower), model (both towers, or None without text), blocks, patch
     (pixels), window (native H, W in pixels, or None), dim (D, shared with the text), pooling,
     mean and std (of the normalisation), source (the arguments of load_backbone), config
-    (open_clip's model_cfg), positions and official_positions (the rule of resize_positions, here
-    and in the authors' students; None for a tower that resizes them itself), windows.
+    (open_clip's model_cfg), positions (the rule of resize_positions; None for a tower that resizes
+    them itself), official_positions (that of the authors' students, if it differs), windows.
     """
     visual_prefix = "visual."  # of the image tower's keys in the state dict of both towers
     source = config = positions = official_positions = windows = None
@@ -304,7 +304,7 @@ class Backbone(nn.Module):
     def __init__(self, model, preprocess):
         super().__init__()
         self.model = model
-        self.embedded_names = {}  # what segment has embedded: names -> (N, D)
+        self.embedded_names = {}  # the texts that segment() has embedded: names -> (N, D)
         self.visual = model.get_submodule(self.visual_prefix[:-1])
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name]).view(3, 1, 1)
@@ -439,8 +439,9 @@ class Backbone(nn.Module):
 
 
 def single_tokens(function, tokens, most=2 ** 15):
-    """Apply a function to each token as a sequence of its own: (B, n, C) -> (B, n, C'). Attention
-    over a single key is exactly its value. most: sequences at a time (CUDA takes under 2^16)."""
+    """Apply a function to each token as a sequence of its own: (B, n, C) -> (B, n, C'). Softmax
+    over a single key is 1, so attention returns that token's value. most: sequences at a time
+    (CUDA takes under 2^16)."""
     sequences = tokens.flatten(0, 1).unsqueeze(1)  # (B * n, 1, C)
     # the number of parts must not become part of an exported graph
     parts = [sequences] if torch.compiler.is_exporting() else sequences.split(most)
@@ -515,7 +516,7 @@ class NativeViT(Backbone):
 
 class TimmViT(Backbone):
     """timm's VisionTransformer in open_clip (SigLIP 1 and 2, MobileCLIP-B)."""
-    positions = official_positions = "size"
+    positions = "size"
 
     def __init__(self, model, preprocess):
         super().__init__(model, preprocess)
@@ -771,14 +772,28 @@ def create_open_clip(config, path, text, device):
                                        pretrained_text=False, device=device)
     if path is not None and not big_vision:
         # strictly, where open_clip would resize positions silently
+        refuse_parts(path)
         state = open_clip.factory.load_state_dict(str(path))
         state = open_clip.convert.convert_state_dict(model, state)
         image = {key.removeprefix("visual."): value for key, value in state.items()
                  if key.startswith("visual.")}
+        if any(key.startswith("_orig_mod.") for key in state):
+            raise RunError(f"{path} was saved from a compiled model: remove \"_orig_mod.\" from "
+                           "the names of its weights")
         load_strictly(model.visual, image, path)
     if path is not None and (text or big_vision):
         open_clip.load_checkpoint(model, str(path))
     return model
+
+
+def refuse_parts(path):
+    """Raise RunError for a file that stands for weights, or holds a part of them."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise RunError(f"{path} is a Git LFS pointer in place of the weights; where it came "
+                           "from, run: git lfs pull")
+    if "-of-0" in Path(path).name:
+        raise RunError(f"{path} is one of several shards; save all weights as one file")
 
 
 @contextlib.contextmanager
@@ -943,7 +958,7 @@ def save_tensors(model, path, header=None):
 
 
 def weights_hash(module):
-    """Return the sha256 of a module's parameters in float32, by which stages know them again."""
+    """Return the sha256 of a module's parameters in float32, by which stages recognise them."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy())

@@ -80,7 +80,7 @@ from common import (FrozenWindows, choose_window, embed_texts, load_backbone, pr
                     start_runtime, weights_hash)
 from data.files import (RunError, UsageError, append_lines, atomic_path, first_line, free_bytes,
                         keep_settings, read_lines, reading, remove_stale_files, require_room,
-                        write_json, write_lines)
+                        same_threads, write_json, write_lines)
 from data.benchmarks import read_classes
 from data.teacher import FrozenTokens, Teacher
 
@@ -344,8 +344,11 @@ def train(student, teacher, frozen, recipe, runtime, args):
             epoch_ends = step % epoch_steps == 0
             save = epoch_ends or step % args.save_every == 0 or time.time() > saved + 300
             if save or len(pending) == log_every:
+                # AdamW counts no step that GradScaler skipped, since fp16 gradients overflowed
+                updates = int(optimizer.state[parameters[0]].get("step", 0))
+                pending[-1]["skipped"] = step - updates
                 write_log(log_path, pending, runtime)
-                bar.set_postfix(loss=f"{pending[-1]['loss']:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{pending[-1]['loss']:.4f}", skipped=step - updates)
                 bar.update(len(pending))
                 pending = []
                 saved = time.time() if save else saved
@@ -415,12 +418,13 @@ def main(args):
         "precision": runtime.precision,
         "processes": runtime.world,
         "cache_frozen": frozen is not None,
+        "threads": same_threads(out / "spar.json"),
     }
     with locked(out) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:
             # the last state and the one being written: three float32 per parameter
             require_room(out, 2 * 12 * size, "training states")
-            keep_settings(out / "spar.json", settings)
+            keep_settings(out / "spar.json", settings, free=("threads",))
             remove_stale_files(out)
         runtime.barrier()
         settings["steps"] = train(student, teacher, frozen, recipe, runtime, args)

@@ -367,7 +367,7 @@ class Evaluation:
             files_state(dataset), str(self.maps)])
         name = f"{Path(dataset.name).name[-40:]}-{folder_name(method.label)}-{depends[:16]}.jsonl"
         self.journal = Journal(Path(state) / name)
-        self.journal.open(runtime, self.maps)
+        self.journal.open(runtime)
         missing = [index for index, image in enumerate(dataset.images)
                    if image not in self.journal.done]
         self.share = missing[runtime.rank::runtime.world]

@@ -69,14 +69,14 @@ from common import (DEMO, LOADING, choose_window, default_stride, load_backbone,
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
                         planned_size, read_image, read_index, read_lines, remove_stale_files,
-                        require_room, save_array, write_lines)
+                        require_room, same_threads, save_array, write_lines)
 
 # ---- augmentation: drawn once, since a feature map belongs to one version of an image --------
 
 @dataclass(frozen=True)
 class Augmentation:
     """How an image is resized into a box of (long_side, short_side) times a random factor from
-    `ratio`, enlarged to min_side, cropped and flipped (method.md, "Distillation")."""
+    `ratio`, enlarged to min_side, cropped and flipped (paper, supplement 6)."""
     long_side: int
     short_side: int
     ratio: list
@@ -208,9 +208,11 @@ def extract(loaded, encode, out, suffix, strict):
         if features.abs().max() > torch.finfo(torch.float16).max:
             raise RunError(f"{entry['image']}: its features exceed 65504, the largest float16; "
                            "they cannot be stored")
-        save_array(out / entry["file"], features.half().cpu().numpy())
+        array = features.half().cpu().contiguous().numpy()
+        save_array(out / entry["file"], array)
         # after the file, so that every line of the index stands for a complete file
-        append_lines(out / f"index{suffix}.jsonl", entry | {"grid": list(features.shape[:2])})
+        append_lines(out / f"index{suffix}.jsonl", entry | {
+            "grid": list(array.shape[:2]), "crc32": zlib.crc32(array)})
 
 
 def merge(out, root, alone):
@@ -265,6 +267,7 @@ def describe(args, runtime, backbone, window, stride, augmentation, root, maps):
         "window": list(window) if window else None, "versions": args.versions, "seed": args.seed,
         "augment": asdict(augmentation) if augmentation else "none",
         "precision": runtime.precision, "compile": args.compile,
+        "threads": same_threads(Path(args.out, "teacher.json")),
         "images": str(root), "patch": backbone.patch, "dim": backbone.dim, "maps": maps,
         "torch": torch.__version__, "open_clip": open_clip.__version__,
     }
@@ -293,7 +296,8 @@ def main(args):
     writer, writers = shard * runtime.world + runtime.rank, shards * runtime.world
     suffix = f"-{writer + 1}of{writers}" if writers > 1 else ""  # of this process's lists
     if runtime.rank == 0:
-        keep_settings(out / "teacher.json", settings, free=("maps", "torch", "open_clip"))
+        keep_settings(out / "teacher.json", settings,
+                      free=("maps", "threads", "torch", "open_clip"))
         if shards == 1:
             merge(out, root, alone=True)
     runtime.barrier()

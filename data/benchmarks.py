@@ -89,11 +89,11 @@ def check_names(names, where, first):
     seen = {}
     for number, synonyms in enumerate(names, first):
         place = f"{where}: class {number}" if number else "background"  # which precedes class 1
-        for name in map(str.lower, synonyms):
-            if not name or name in seen:
-                raise UsageError(f"{place}: '{name}' is a name of class {seen[name]}, too; names "
-                                 "must be unique" if name else f"{place}: an empty name")
-            seen[name] = number
+        for name in synonyms:
+            if not name or name.lower() in seen:
+                raise UsageError(f"{place}: '{name}' is a name of class {seen[name.lower()]}, too; "
+                                 "names must be unique" if name else f"{place}: an empty name")
+            seen[name.lower()] = number
         if number and not first and synonyms[0].lower() == "background":
             raise UsageError(f"{place} is called background, although background words are given")
 
@@ -127,9 +127,9 @@ class Layout:
     """Where one part of a benchmark is below the data root; {} is the name of an image."""
     folder: str
     images: str
-    masks: dict  # {pattern: kind of label ids, None for the usual one}, the preferred one first
-    listing: str | None  # the file with the names of the images; None for all that match
-    count: int | None  # number of images, if known
+    masks: dict  # {pattern: kind of label ids, or None for Benchmark.labels}, the best one first
+    listing: str | None = None  # the file with the names of the images; None for all that match
+    count: int | None = None  # number of images, if known
     panoptic: tuple | None = None  # JSON of the true segments, PNG folder, kind of category ids
 
 

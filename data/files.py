@@ -195,6 +195,16 @@ def is_unchanged(path, state):
     return file_state(path)["digest"] == state.get("digest")
 
 
+def same_threads(path):
+    """Return how many threads torch has, after setting it to that of the run which wrote the
+    settings at `path`, if any: the last bits of results depend on it."""
+    with reading(path, "delete that folder"):
+        if Path(path).exists():
+            before = read_json(path, "delete that folder").get("threads")
+            torch.set_num_threads(before or torch.get_num_threads())
+    return torch.get_num_threads()
+
+
 def free_bytes(folder):
     """Return the free bytes on the disk of a folder, which need not exist yet."""
     folder = Path(folder).absolute()
@@ -291,6 +301,9 @@ def to_rgb(image):
     image = upright(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         levels = np.asarray(image, np.float64).clip(0, 65535) / 257 + 0.5
+        if levels.max() < 64:
+            print(f"warning: {getattr(image, 'filename', 'an image')} uses less than 14 of its 16 "
+                  "bits, and is nearly black; stretch its levels", file=sys.stderr)
         image = Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")

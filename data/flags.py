@@ -71,9 +71,6 @@ def add_selection_flags(parser):
     add("--checkpoint", type=filled, help="a student: a folder that distill.py wrote (default: "
         "runs/spar); or, with --backbone, a file with a SPAR state dict of the authors")
     add_backbone_flags(group, "to evaluate a pre-trained model; default: none, but the student")
-    add("--positions", choices=["size", "scale"], help="how a file of the authors resamples "
-        "positional embeddings: to a grid's size, or by the factor (grid + 0.1) / native grid "
-        "(default: scale for OpenCLIP's, which were trained so, and size for others)")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
     add("--stride", "--strides", type=positive, nargs="+", metavar="N", help="pixels between "
         "windows; several give a row each (default: 1.5 patches, in evaluate_ovs.py also half a "

@@ -15,18 +15,11 @@ class Journal:
     def __init__(self, path):
         self.path, self.done, self.failed = Path(path), {}, {}
 
-    def open(self, runtime, maps=None):
-        """Read what an earlier run counted, of images with all maps in the folder `maps`, if given.
-        Other lines, such as failures, are removed, so that their images are tried again."""
-        def is_done(entry):
-            if maps and "counts" in entry:
-                from extras.drawing import has_maps
-                return has_maps(maps, entry["image"])
-            return "counts" in entry
-
+    def open(self, runtime):
+        """Read what an earlier run counted. Failures are removed, so that they are tried again."""
         if runtime.rank == 0:
-            with reading(self.path, "delete it"):
-                write_lines(self.path, filter(is_done, read_lines(self.path)))
+            counted = [entry for entry in read_lines(self.path) if "counts" in entry]
+            write_lines(self.path, counted)
         runtime.barrier()
         self.read()
         runtime.barrier()  # nobody counts before all have read
@@ -67,8 +60,10 @@ def text_hash(value):
 
 
 def files_state(dataset):
-    """Return path, size and date of each file of a data set."""
+    """Return path, size and date of each file of a data set, and the true segments."""
     files = [dataset.root / image for image in dataset.images] + (dataset.masks or [])
+    panoptic = list((dataset.panoptic or {}).values())
+    files += [path for path, _ in panoptic]
     stats = [path.stat() if path.exists() else None for path in files]
     return [(str(path), stat and (stat.st_size, stat.st_mtime_ns))
-            for path, stat in zip(files, stats)]
+            for path, stat in zip(files, stats)] + [str(panoptic)]

@@ -58,21 +58,11 @@ def write_results(args, settings, results, methods, datasets, runtime):
         from extras.drawing import plot
         plot(results, args.plot)
         print(f"plot in {args.plot}")
-    students = {row["checkpoint"] for row in results if row["method"] == "spar"}
-    for student in students if args.limit is None else ():
-        update_card(Path(student), results)
-
-
-def update_card(folder, results):
-    """Write a student's scores into its model card, if it has one and extras are there."""
-    if not (folder / "spar.json").is_file():  # a file of the authors
-        return
-    with contextlib.suppress(ImportError):
-        from extras.model_card import write_card
-        try:
-            write_card(folder, results)
-        except RunError as error:  # it is not one of distill.py's, say
-            print(f"the model card lacks these scores: {error}")
+    student = next((row["checkpoint"] for row in results if row["method"] == "spar"), None)
+    if student and args.limit is None and Path(student, "spar.json").is_file():
+        with contextlib.suppress(ModuleNotFoundError, RunError):  # no extras/; a locked folder
+            from extras.model_card import write_card
+            write_card(student, results)
 
 
 EXPORTED = ("checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights", "classes",

@@ -16,7 +16,6 @@ class Selection:
     random_init: bool = False
     hub_dir: str | None = None
     dinov3_weights: list | None = None
-    positions: str | None = None
     inference: str | None = None
     stride: list | None = None
     window: int | None = None
@@ -27,10 +26,9 @@ class Selection:
 def read_selection(args):
     """Return what the flags select. --compare is on for the demo without other flags."""
     official = args.backbone and args.checkpoint and not os.path.isdir(args.checkpoint)
-    for flag in ("positions", "save_student"):
-        if getattr(args, flag, None) and not official:
-            raise UsageError(f"--{flag.replace('_', '-')} goes with a checkpoint of the authors: "
-                             "--backbone NAME --checkpoint FILE")
+    if getattr(args, "save_student", None) and not official:
+        raise UsageError("--save-student goes with a checkpoint of the authors: --backbone NAME "
+                         "--checkpoint FILE")
     given = {field.name: getattr(args, field.name) for field in fields(Selection)}
     if args.compare is None:
         others = args.images, args.inference, args.backbone, args.checkpoint, args.stride

@@ -1,6 +1,7 @@
 """What distill.py reads and stores: a teacher's folder, and the tokens of frozen blocks."""
 import contextlib
 import math
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class Teacher:
             self.images = Path(self.settings["images"])
             self.patch, self.dim = self.settings["patch"], self.settings["dim"]
             self.loading = {key: self.settings[key] for key in LOADING}  # for load_backbone
-            self.loading["name"] = self.settings["backbone"]
+            self.loading["name"] = str(self.settings["backbone"])
+            if self.patch < 1:
+                raise ValueError(f"a patch of {self.patch} pixels")
             missing = self.settings["maps"] - len(self.entries) - len(failures)
         if not self.entries or missing > 0 and not partial:
             raise RunError(f"{folder} has {len(self.entries)} feature maps and lacks {missing}; "
@@ -41,7 +44,7 @@ class Teacher:
 
     @property
     def digest(self):
-        """A digest of which images were augmented how, by which a student knows its maps again."""
+        """A digest of which images were augmented how, by which a student recognises its maps."""
         entries = [{key: value for key, value in entry.items() if key != "stat"}
                    for entry in self.entries]
         return text_hash(entries)[:16]
@@ -62,12 +65,14 @@ class Teacher:
     def target(self, entry):
         """Return the feature map: (h, w, D) float16."""
         path = self.folder / entry["file"]
-        target = torch.from_numpy(np.array(open_features(path)))
+        array = np.array(open_features(path))
+        target = torch.from_numpy(array)
         height, width = planned_size(entry)
         expected = (height // self.patch, width // self.patch, self.dim)
-        if target.shape != expected or not is_finite(target):
-            raise RunError(f"{path} does not hold finite values of shape {expected}; delete it "
-                           "and run extract_teacher.py again")
+        if (target.shape != expected or not is_finite(target)
+                or zlib.crc32(array) != entry.get("crc32", zlib.crc32(array))):
+            raise RunError(f"{path} does not hold the finite values of shape {expected} that were "
+                           "written; delete it and run extract_teacher.py again")
         return target
 
 

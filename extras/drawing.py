@@ -95,15 +95,6 @@ def pca_image(features, size):
     return Image.fromarray(pixels).resize((size[1], size[0]), Image.BILINEAR)
 
 
-def save_image(image, path):
-    """Write a PIL image."""
-    with atomic_path(path) as temporary:
-        image.save(temporary)
-
-
-MAP_KINDS = ("labels", "overlay", "pca")
-
-
 def map_path(folder, name, kind):
     """Return folder/NAME.KIND.png, shortened where a file system could not take it."""
     path = folder / f"{name}.{kind}.png"
@@ -118,15 +109,11 @@ def save_maps(folder, name, image, labels, features, classes):
     """Write NAME.labels.png (a palette PNG of class numbers), NAME.overlay.png, NAME.pca.png."""
     label_image = Image.fromarray(labels.numpy().astype(np.uint8))
     label_image.putpalette(palette(classes).ravel().tolist())
-    images = (label_image, overlay_image(image, labels, classes),
-              pca_image(features, labels.shape))
-    for kind, drawn in zip(MAP_KINDS, images):
-        save_image(drawn, map_path(folder, name, kind))
-
-
-def has_maps(folder, name):
-    """Return whether all maps of an image are there."""
-    return all(map_path(folder, name, kind).is_file() for kind in MAP_KINDS)
+    images = {"labels": label_image, "overlay": overlay_image(image, labels, classes),
+              "pca": pca_image(features, labels.shape)}
+    for kind, drawn in images.items():
+        with atomic_path(map_path(folder, name, kind), durable=False) as temporary:
+            drawn.save(temporary)
 
 
 # ---- what a table of evaluations counted -----------------------------------------------------

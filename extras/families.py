@@ -38,7 +38,7 @@ class EvaViT(TimmViT):
 
 class NaFlexViT(TimmViT):
     """timm's NaFlexVit (SigLIP2 NaFlex), which resizes its positions itself, bilinearly."""
-    positions = official_positions = None
+    positions = None
 
     def set_sizes(self):
         if self.trunk.rope is not None:
@@ -54,7 +54,7 @@ def other_family(visual):
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         raise UsageError("its image tower is a ResNet (ModifiedResNet), which has neither patch "
                          "tokens nor transformer blocks")
-    trunk = type(visual.trunk)
+    trunk = type(getattr(visual, "trunk", visual))
     if trunk in (Eva, NaFlexVit):
         return EvaViT if trunk is Eva else NaFlexViT
     if issubclass(trunk, VisionTransformerRelPos):

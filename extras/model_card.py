@@ -1,6 +1,4 @@
 """The model card of a student: README.md in its folder, as huggingface.co shows it."""
-import json
-import re
 from pathlib import Path
 
 from common import BACKBONES, DINOV3, resolve_backbone
@@ -8,8 +6,7 @@ from data.files import UsageError, atomic_path, read_json, reading
 
 # of the weights that a student continues from; those of the other BACKBONES are apache-2.0
 LICENSES = {"tiny": "mit", "openclip": "mit", "dinov3txt": "other"}
-MARKER = "<!-- Generated. Remove this line, and the card will not be rewritten. Results: "
-KEY = ("dataset", "method", "refine", "upsampler", "short_side", "area")  # of one result
+MARKER = "<!-- Generated. Remove this line, and the card will not be rewritten. -->"
 SETTINGS = ("maps", "train_blocks", "train_only", "epochs", "steps", "batch_size", "lr",
             "schedule", "weight_decay", "random_scale", "seed", "precision", "loss_of", "loss")
 LOADING = {  # by library; DINOv3's public code is none
@@ -26,30 +23,18 @@ model.load_state_dict(safetensors.torch.load_file("{DINOV3}"))''',
 
 
 def write_card(folder, results=()):
-    """Write a student's card, with more results. Return False for one without a marker, kept."""
-    path, shown = Path(folder) / "README.md", []
+    """Write a student's card with an evaluation's results. A card without its marker is kept."""
+    path = Path(folder) / "README.md"
     with reading(path, "delete it, and it will be written again"):
-        if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            marker = re.search(f"^{re.escape(MARKER)}(.*) -->$", text, re.MULTILINE)
-            if marker is None:
-                return False
-            shown = json.loads(marker[1])
-        rows = {}
-        for result in [*shown, *results]:
-            row = {key: result.get(key) for key in (*KEY, "miou", "pixel_accuracy", "images")}
-            row["dataset"] = Path(row["dataset"]).name
-            rows[tuple(row[key] for key in KEY)] = row
-        scores = score_table(rows.values()) if rows else ""
-    marker = MARKER + json.dumps([*rows.values()]).replace(">", "\\u003e") + " -->"
+        if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+            return
     with reading(path.with_name("spar.json"), "run distill.py again"):
-        text = card_text(path.parent, marker) + scores
+        text = card_text(path.parent) + (score_table(results) if results else "")
     with atomic_path(path) as temporary:  # names of files need not be text
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return True
 
 
-def card_text(folder, marker):
+def card_text(folder):
     """Return the card of a student's folder without its scores."""
     settings = read_json(folder / "spar.json", "run distill.py again")
     backbone = settings["teacher"]["backbone"]
@@ -67,7 +52,7 @@ def card_text(folder, marker):
     if (folder / "loss.png").is_file():
         origin += "\n\n![The loss over the steps](loss.png)"
     return Path(__file__).with_suffix(".md").read_text().format(
-        metadata=metadata, marker=marker, name=cell(name), loading=LOADING[library],
+        metadata=metadata, marker=MARKER, name=cell(name), loading=LOADING[library],
         place="hf-hub:ORG/NAME" if library else "PATH", origin=origin)
 
 
@@ -104,7 +89,8 @@ def score_table(results):
     """Return the section of the card that shows results."""
     from evaluate_ovs import label_of
     rows = [["data", "size", "method", "mIoU", "pixel accuracy", "images"]]
-    rows += [[result["dataset"], result["short_side"] or result["area"] or "the data's own",
+    rows += [[Path(result["dataset"]).name,
+              result["short_side"] or result["area"] or "the data's own",
               label_of(result["method"], result["refine"], result["upsampler"]),
               f"{result['miou']:.1f}", f"{result['pixel_accuracy']:.1f}", result["images"]]
              for result in results]

@@ -26,12 +26,7 @@ def load_official(selection, device):
     loading = {key: getattr(selection, key) for key in LOADING}
     student = load_backbone(selection.backbone, device=device, text=True, **loading)
     load_checkpoint(student, path)
-    if selection.positions and student.positions is None:
-        raise UsageError(f"--positions {selection.positions}: this backbone resamples positions "
-                         "by a rule of its own; leave it out")
-    student.positions = selection.positions or student.official_positions
-    if student.positions:
-        print(f"positional embeddings are resized by {student.positions} (--positions)")
+    student.positions = student.official_positions or student.positions
     return student
 
 
