@@ -91,7 +91,7 @@ from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, ch
                              load_sample)
 from data.journal import Journal, files_state, text_hash
 from data.results import describe_settings, write_onnx, write_results
-from data.selection import load_models, maps_folder, open_datasets, read_selection
+from data.selection import load_models, find_datasets, maps_folder, read_selection
 
 # ---- scores ----------------------------------------------------------------------------------
 
@@ -549,9 +549,10 @@ def main(args):
     selection = read_selection(args)
     if args.export:
         return write_onnx(args, selection, defaults=parse_args([]))
-    datasets = open_datasets(args)
+    openers = find_datasets(args)
     if args.check_data:
-        return check_data(datasets, args.workers, whole=args.limit is None)
+        return check_data(openers, args.workers, whole=args.limit is None)
+    datasets = [open_dataset() for open_dataset in openers]
     labelled = all(dataset.masks is not None for dataset in datasets)
     maps = maps_folder(args.save_maps, args.images, labelled)
     runtime = start_runtime(args.device, args.precision, args.seed)

@@ -66,6 +66,7 @@ if __name__ == "__main__":
 import json
 import shutil
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,10 @@ from common import (default_stride, embed_texts, run_stage, save_tensors, start_
                     weights_hash)
 from data.files import RunError, UsageError, reading, remove_stale_files, write_json
 from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, image_size,
-                             open_benchmark, own_images, read_mask)
+                             open_benchmark, own_images, read_classes, read_mask)
 from data.journal import files_state, text_hash
 from data.results import describe_settings
-from data.selection import maps_folder, open_datasets, read_selection
+from data.selection import find_datasets, maps_folder, read_selection
 from evaluate_ovs import choose_methods, confusion_matrix
 from extras.probes import (Features, Settings, bank, describe_head, head_logits, label_pixels,
                            match_segments, nearest, pooled_segments, print_results, probe_result,
@@ -208,6 +209,8 @@ class Prober:
         score = range(len(test.dataset.images))
         folds = [Fold(train, learn, test, score, seed)]
         if train is test:
+            if len(learn) < 2:
+                raise UsageError("two folds need two images; give --train-images, or more")
             folds = [Fold(train, learn[k::2], test, score[1 - k::2], seed, k) for k in (0, 1)]
         for fold in folds:
             path = self.state / f"{fold.name}-{probe}.json"
@@ -266,24 +269,24 @@ def check_flags(args):
         raise UsageError("--images needs --masks and --classes, and no --dataset")
 
 
-def open_data(args):
-    """Return the data sets ("test", "train" ...), and which of them each probe learns from."""
+def find_data(args):
+    """Return functions that open the data sets, {"test": ..., "train": ...}, and which of these
+    each probe learns from."""
     parts = dict.fromkeys(args.probe, "train")
     if args.dataset in BENCHMARKS:
-        files = args.dataset, args.data_root, args.classes, args.limit
-        datasets = {"test": open_benchmark(*files, panoptic="panoptic" in parts)}
+        opener = partial(open_benchmark, args.dataset, args.data_root, args.classes, args.limit)
         if "knn" in parts and "trainaug" in BENCHMARKS[args.dataset].layouts:
             parts["knn"] = "trainaug"  # VOC with the labels of SBD, as published
-        return datasets | {part: open_benchmark(*files, part) for part in parts.values()}, parts
-    test, *others = open_datasets(args)
+        openers = {part: partial(opener, part) for part in parts.values()}
+        return {"test": partial(opener, panoptic="panoptic" in parts), **openers}, parts
+    test, *others = find_datasets(args)
     if others:
         raise UsageError(f"--dataset {args.dataset}: give one data set")
-    if args.train_images:
-        train = own_images(args.train_images, args.train_masks, test.classes, args.limit)
-        return {"test": test, "train": train}, parts
-    if len(test.images) < 2:
-        raise UsageError("two folds need two images; give --train-images, or more --images")
-    return {"test": test}, dict.fromkeys(args.probe, "test")
+    if not args.train_images:
+        return {"test": test}, dict.fromkeys(args.probe, "test")
+    classes = read_classes(args.classes, args.background)
+    train = partial(own_images, args.train_images, args.train_masks, classes, args.limit)
+    return {"test": test, "train": train}, parts
 
 
 def choose_settings(args):
@@ -332,9 +335,10 @@ def main(args):
     check_flags(args)
     if args.head:
         return apply_head(args)
-    datasets, parts = open_data(args)
+    openers, parts = find_data(args)
     if args.check_data:
-        return check_data(datasets.values(), args.workers, whole=args.limit is None)
+        return check_data(openers.values(), args.workers, whole=args.limit is None)
+    datasets = {part: open_dataset() for part, open_dataset in openers.items()}
     runtime = start_runtime(args.device, args.precision, args.seed)
     settings = choose_settings(args)
     selection = read_selection(args)

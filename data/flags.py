@@ -87,7 +87,8 @@ def add_data_flags(parser):
     """Add the flags of open_datasets."""
     add = parser.add_argument_group("on what").add_argument
     add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given),"
-        " voc21, voc20, cityscapes, ade20k, context60, context59, or all six")
+        " voc21, voc20, cityscapes, ade20k, context60, context59, or all of these six; coco-object,"
+        " coco-stuff, or all8")
     add("--data-root", type=filled, default="data", metavar="DIR", help="the folder of the "
         "benchmarks: DIR/VOCdevkit/VOC2012, DIR/cityscapes ... (%(default)s)")
     add("--check-data", action="store_true", help="only check counts, pairs, sizes and label ids")

@@ -1,11 +1,13 @@
 """What evaluate_ovs.py and evaluate_probes.py are asked to evaluate: models, images, folders."""
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from common import BACKBONES, LOADING, MODEL_FILES, load_backbone
 from data.files import RunError, UsageError, read_json, reading
-from data.benchmarks import BENCHMARKS, demo_images, open_benchmark, own_images, read_classes
+from data.benchmarks import (BENCHMARKS, GROUPS, demo_images, open_benchmark, own_images,
+                             read_classes)
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def read_student(folder, backbone=None, needs_teacher=False):
     return teacher
 
 
-def open_datasets(args):
-    """Return what the flags ask to segment, a list of Dataset."""
+def find_datasets(args):
+    """Return what the flags ask to segment, a list of functions that return a Dataset each."""
     if getattr(args, "save_student", None) and not (args.dataset or args.images):
         return []
     if args.images and args.dataset:
@@ -97,19 +99,19 @@ def open_datasets(args):
         if not args.masks and (args.json or getattr(args, "plot", None)):
             raise UsageError("--json and --plot hold scores, which need --masks")
         classes = read_classes(args.classes, args.background)
-        return [own_images(args.images, args.masks, classes, args.limit)]
+        return [partial(own_images, args.images, args.masks, classes, args.limit)]
     for flag in ("masks", "background"):
         if getattr(args, flag):
             raise UsageError(f"--{flag} goes with --images")
     if args.dataset in (None, "demo"):
-        return [demo_images(args.classes, args.limit)]
-    if args.dataset not in ("all", *BENCHMARKS):
-        raise UsageError(f"--dataset {args.dataset}: unknown; known are demo, all, "
-                         f"{', '.join(BENCHMARKS)}")
-    if args.classes and args.dataset == "all":
+        return [partial(demo_images, args.classes, args.limit)]
+    if args.dataset not in (*GROUPS, *BENCHMARKS):
+        raise UsageError(f"--dataset {args.dataset}: unknown; known are demo, "
+                         f"{', '.join((*BENCHMARKS, *GROUPS))}")
+    if args.classes and args.dataset in GROUPS:
         raise UsageError("--classes renames the classes of one --dataset, not of all")
-    names = list(BENCHMARKS) if args.dataset == "all" else [args.dataset]
-    return [open_benchmark(name, args.data_root, args.classes, args.limit) for name in names]
+    return [partial(open_benchmark, name, args.data_root, args.classes, args.limit)
+            for name in GROUPS.get(args.dataset, [args.dataset])]
 
 
 def maps_folder(save_maps, images, labelled):
