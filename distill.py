@@ -36,9 +36,12 @@ def parse_args(argv=None):
         "MLPs of those blocks, or instead the patch projection or the positional embedding")
     add("--partial", action="store_true", help="train on an extraction that is not finished")
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=bounded(int, 1), help="passes over the images (default: 10; tiny 8)")
-    add("--lr", type=bounded(float, 1e-12, 1e99), help="learning rate (default: 2e-5; tiny 5e-4)")
-    add("--schedule", choices=["constant", "cosine"], help="(default: constant; tiny cosine)")
+    add("--epochs", type=bounded(int, 1), help="passes over the images (default: 10, the paper's; "
+        "20 for less than 1000 feature maps; tiny 8)")
+    add("--lr", type=bounded(float, 1e-12, 1e99), help="learning rate (default: 2e-5, the paper's; "
+        "2e-4 for less than 1000 feature maps; tiny 5e-4)")
+    add("--schedule", choices=["constant", "cosine"], help="(default: constant, as published; "
+        "cosine for less than 1000 feature maps, and for tiny)")
     add("--weight-decay", type=bounded(float, 0, 1000), help="decay of AdamW (default: 1e-4)")
     add("--batch-size", type=bounded(int, 1), metavar="N", help="images per step, in all "
         "processes together (default: one per process, as in the paper)")
@@ -100,15 +103,19 @@ class Recipe:
 
 # tiny is 30 times smaller than the published backbones, and has a fiftieth of the feature maps
 RECIPES = {"tiny": Recipe(epochs=8, lr=5e-4, schedule="cosine")}
+# for less than 1000 feature maps, from which the paper's rate would take hundreds of epochs
+SMALL = Recipe(epochs=20, lr=2e-4, schedule="cosine")
 
 
-def choose_recipe(args, backbone, world):
-    """Return the recipe of a backbone with the changes that flags make, for `world` processes."""
+def choose_recipe(args, backbone, maps, world):
+    """Return the recipe for a backbone and a number of feature maps, with the changes that flags
+    make, for `world` processes."""
+    usual = RECIPES.get(backbone, SMALL if maps < 1000 else Recipe())
     given = {"batch_size": world}
     for field in dataclasses.fields(Recipe):
         if getattr(args, field.name) is not None:
             given[field.name] = getattr(args, field.name)
-    recipe = dataclasses.replace(RECIPES.get(backbone, Recipe()), **given)
+    recipe = dataclasses.replace(usual, **given)
     if recipe.random_scale and recipe.random_scale[0] > recipe.random_scale[1]:
         raise UsageError("--random-scale needs LO <= HI")
     if recipe.batch_size % world:
@@ -395,7 +402,7 @@ def load_student(teacher, classes, args, device):
 def main(args):
     teacher, out = Teacher(args.teacher, args.partial), Path(args.out)
     runtime = start_runtime(args.device, args.precision, args.seed)
-    recipe = choose_recipe(args, teacher.loading["name"], runtime.world)
+    recipe = choose_recipe(args, teacher.loading["name"], len(teacher.entries), runtime.world)
     classes = read_classes(args.classes) if args.classes else None
     student = load_student(teacher, classes, args, runtime.device)
     size = sum(parameter.numel() for parameter in student.parameters)

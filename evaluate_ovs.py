@@ -91,7 +91,8 @@ from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, ch
                              load_sample)
 from data.journal import Journal, files_state, text_hash
 from data.results import describe_settings, write_onnx, write_results
-from data.selection import load_models, find_datasets, maps_folder, read_selection
+from data.selection import (find_datasets, load_models, maps_folder, read_selection,
+                            say_unknown_words)
 
 # ---- scores ----------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ def choose_methods(selection, runtime, strides=None):
         raise UsageError("--compare shows both kinds of inference; leave out --inference")
     if selection.stride and not slide:
         raise UsageError("--stride goes with --inference sliding-window or --compare")
-    pretrained, student, name = load_models(selection, runtime.device)
+    pretrained, student, name = load_models(selection, runtime)
     if selection.random_init and not selection.checkpoint:
         runtime.print("RANDOM WEIGHTS (--random-init): times mean something, scores do not")
 
@@ -398,7 +399,7 @@ class Evaluation:
         method, rule, journal = self.method, self.rule, self.journal
         windows = method.backbone.windows
         iou, miou, accuracy = scores(confusion)
-        iou = [None if math.isnan(value) else value for value in iou.tolist()]
+        values = [None if math.isnan(value) else value for value in iou.tolist()]
         seconds = [entry["seconds"] for entry in journal.done.values()]
         return {
             "dataset": self.dataset.name,
@@ -410,6 +411,7 @@ class Evaluation:
             "checkpoint": method.checkpoint,
             **asdict(self.size),
             "miou": miou,
+            "miou_labelled": iou[confusion.any(1)].mean().item(),
             "pixel_accuracy": accuracy,
             "images": len(seconds),
             "unreadable": sorted(journal.failed),
@@ -417,7 +419,7 @@ class Evaluation:
             "logit_scale": rule.logit_scale,
             "prob_threshold": rule.threshold,
             "area_threshold": rule.area_threshold,
-            "per_class_iou": dict(zip(self.dataset.classes.titles, iou))}
+            "per_class_iou": dict(zip(self.dataset.classes.titles, values))}
 
 
 # ---- the loop --------------------------------------------------------------------------------
@@ -428,13 +430,15 @@ def evaluate(evaluation, runtime, workers=2):
     samples = prefetch(lambda index: load_sample(dataset, index), share, workers)
     progress = tqdm(zip(share, samples), f"{dataset.name}, {evaluation.method.label}", len(share),
                     unit="image", disable=runtime.rank > 0)
-    warm = False
+    warm = dataset.masks is None  # no time is reported
     for index, (image, labels, error) in progress:
         if error:
             progress.write(f"left out: {error}")
             evaluation.journal.leave_out(dataset.images[index], error)
             continue
         resized, size = evaluation.size.resize(image), image.shape[-2:]
+        if index == share[0]:
+            say_large(resized, evaluation.method, progress)
         if not warm:
             evaluation.predict(index, resized, size)  # not timed
             warm = True
@@ -444,6 +448,16 @@ def evaluate(evaluation, runtime, workers=2):
         if evaluation.maps:  # before the image counts as done
             evaluation.draw(index, image, predictions, resized)
         evaluation.count(index, labels, predictions, seconds)
+
+
+def say_large(image, method, progress):
+    """Print how a single pass over a large image can be made quicker."""
+    height, width = image.shape[-2:]
+    tokens = height * width // method.backbone.patch ** 2
+    if tokens > 8000 and not method.stride:
+        progress.write(f"{height} x {width} pixels are {tokens} patches, whose attention takes "
+                       "long; --short-side 672 is quicker, as is a student of distill.py "
+                       "--frozen-stride")
 
 
 def announce(table, state):
@@ -505,6 +519,9 @@ def print_table(results):
         values = [row["per_class_iou"][name] for row in results]
         lines.append((name, ["-" if value is None else f"{value:.1f}" for value in values]))
     lines.append(("mIoU", [f"{row['miou']:.1f}" for row in results]))
+    if any(abs(row["miou_labelled"] - row["miou"]) > 1e-9 for row in results):
+        # a class that no mask holds counts as 0 for a single wrong pixel
+        lines.append(("mIoU, labelled", [f"{row['miou_labelled']:.1f}" for row in results]))
     lines.append(("pixel accuracy", [f"{row['pixel_accuracy']:.1f}" for row in results]))
     lines.append(("seconds/image", [f"{row['seconds_per_image']:.3f}" for row in results]))
     print()
@@ -562,6 +579,7 @@ def main(args):
         save_student(methods[-1].backbone, args.save_student, args.checkpoint, runtime)
     for dataset in datasets:
         check_masks(dataset, runtime, args.workers)
+        say_unknown_words(methods[0].origin, dataset.classes, runtime)
     settings = describe_settings(args, selection, methods, runtime)
     tables = plan_tables(args, methods, datasets, maps)
     results = []

@@ -285,7 +285,7 @@ def find_data(args):
     if not args.train_images:
         return {"test": test}, dict.fromkeys(args.probe, "test")
     classes = read_classes(args.classes, args.background)
-    train = partial(own_images, args.train_images, args.train_masks, classes, args.limit)
+    train = partial(own_images, [args.train_images], args.train_masks, classes, args.limit)
     return {"test": test, "train": train}, parts
 
 

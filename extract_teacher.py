@@ -25,8 +25,9 @@ def parse_args(argv=None):
     add("--stride", type=bounded(int, 0, 10 ** 9), help="pixels between windows (default: 1.5 "
         "patches, 24 for patches of 16); half of it costs 4 times as much; 0 is a single pass")
     add("--window", type=positive, help="side of the window (default: the backbone's own size)")
-    add("--augment", choices=["paper", "large", "none"], default="paper", help="how images are "
-        "resized, cropped and flipped (%(default)s); the next six flags override single values")
+    add("--augment", choices=["auto", "paper", "large", "none"], default="auto", help="how images "
+        "are resized, cropped and flipped: as in the paper, but smaller ones than there at their "
+        "own sizes (auto); the next six flags override single values")
     add("--long-side", type=positive, help="longest side at ratio 1, in pixels")
     add("--short-side", type=positive, help="longest short side at ratio 1, in pixels")
     add("--ratio", type=bounded(float, 1e-6, 1000), nargs=2, metavar=("LO", "HI"),
@@ -34,7 +35,8 @@ def parse_args(argv=None):
     add("--min-side", type=positive, help="shortest side; smaller images are enlarged to it")
     add("--crop-prob", type=probability, help="probability of a crop")
     add("--flip-prob", type=probability, help="probability of a horizontal flip")
-    add("--versions", type=positive, help="augmented versions per image (1, but 3 on the demo)")
+    add("--versions", type=positive, help="augmented versions per image (1, but 2 for less than "
+        "500 images, and 3 on the demo)")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch-size", type=positive, default=60, help="most windows per forward pass "
         "(%(default)s; a CPU takes as many as its caches hold); reduce it if memory runs out")
@@ -44,7 +46,6 @@ def parse_args(argv=None):
     add_device_flags(parser, seed="seed of the augmentation")
     args = parse(parser, argv)
     args.backbone = args.backbone or ("siglip2" if args.images else "tiny")
-    args.versions = args.versions or (1 if args.images or args.augment == "none" else 3)
     return args
 
 
@@ -68,8 +69,8 @@ from common import (DEMO, LOADING, choose_window, default_stride, load_backbone,
                     prefetch, run_stage, start_runtime, stitched_features, weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
-                        planned_size, read_image, read_index, read_lines, remove_stale_files,
-                        require_room, same_threads, save_array, write_lines)
+                        planned_size, read_image, read_index, read_json, read_lines,
+                        remove_stale_files, require_room, same_threads, save_array, write_lines)
 
 # ---- augmentation: drawn once, since a feature map belongs to one version of an image --------
 
@@ -98,14 +99,49 @@ def choose_augmentation(args):
     given = {field.name: getattr(args, field.name) for field in fields(Augmentation)
              if getattr(args, field.name) is not None}
     if args.augment == "none":
-        if given or args.versions > 1:
+        if given or (args.versions or 1) > 1:
             flag = [*given, "versions"][0].replace("_", "-")
             raise UsageError(f"--augment none would ignore --{flag}; leave one of them out")
         return None
-    augmentation = replace(PRESETS.get(args.backbone, PUBLISHED)[args.augment], **given)
+    preset = "paper" if args.augment == "auto" else args.augment
+    augmentation = replace(PRESETS.get(args.backbone, PUBLISHED)[preset], **given)
     if augmentation.ratio[0] > augmentation.ratio[1]:
         raise UsageError("--ratio needs LO <= HI")
     return augmentation
+
+
+def fit_to_images(args, augmentation, paths, root, window):
+    """Return the augmentation and the number of versions for these images, where flags leave that
+    open. A student should be trained at the sizes that will be segmented, so that images smaller
+    than the paper's keep theirs. An earlier run in the same folder is continued as it began."""
+    path, before = Path(args.out, "teacher.json"), {}
+    if path.is_file():
+        before = read_json(path, "delete that folder")
+    few = args.augment != "none" and len(paths) < 500
+    versions = args.versions or before.get("versions") or (2 if few and args.images else
+                                                           3 if few else 1)
+    if args.augment != "auto" or not args.images:
+        return augmentation, versions
+    fitted = before.get("augment")
+    if not isinstance(fitted, dict):
+        short, long = median_sides(root, paths)
+        fitted = {"long_side": min(long, augmentation.long_side),
+                  "short_side": min(short, augmentation.short_side),
+                  "min_side": min(short, *(window or [augmentation.min_side]))}
+        if long < augmentation.long_side or short < augmentation.short_side:
+            fitted["ratio"] = [0.7, 1.0]
+    open_fields = [field.name for field in fields(Augmentation)
+                   if getattr(args, field.name) is None and field.name in fitted]
+    return replace(augmentation, **{name: fitted[name] for name in open_fields}), versions
+
+
+def median_sides(root, paths, samples=200):
+    """Return the median short and long side of images, from the headers of some."""
+    sides = []
+    for path in paths[::max(1, len(paths) // samples)]:
+        with contextlib.suppress(Exception), Image.open(root / path) as header:
+            sides.append(sorted(header.size))
+    return np.median(sides or [[2 ** 20, 2 ** 20]], axis=0).astype(int).tolist()
 
 
 def plan_augmentation(size, augmentation, patch, seed):
@@ -259,16 +295,13 @@ def load_teacher(args, runtime):
     return backbone, window, stride
 
 
-def describe(args, runtime, backbone, window, stride, augmentation, root, maps):
-    """Return what teacher.json says: how the feature maps were made."""
+def describe(args, runtime, backbone):
+    """Return how the feature maps are computed, for teacher.json."""
     return {
         "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
-        "weights": weights_hash(backbone.visual), "stride": stride,
-        "window": list(window) if window else None, "versions": args.versions, "seed": args.seed,
-        "augment": asdict(augmentation) if augmentation else "none",
-        "precision": runtime.precision, "compile": args.compile,
+        "weights": weights_hash(backbone.visual), "patch": backbone.patch, "dim": backbone.dim,
+        "seed": args.seed, "precision": runtime.precision, "compile": args.compile,
         "threads": same_threads(Path(args.out, "teacher.json")),
-        "images": str(root), "patch": backbone.patch, "dim": backbone.dim, "maps": maps,
         "torch": torch.__version__, "open_clip": open_clip.__version__,
     }
 
@@ -288,11 +321,15 @@ def main(args):
     out, root = Path(args.out), Path(args.images or DEMO / "train").resolve()
     paths = list_images(root)[:args.limit]
     root = root.parent if root.is_file() else root
-    jobs = [(path, version) for path in paths for version in range(args.versions)]
-
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone, window, stride = load_teacher(args, runtime)
-    settings = describe(args, runtime, backbone, window, stride, augmentation, root, len(jobs))
+    augmentation, versions = fit_to_images(args, augmentation, paths, root, window)
+    runtime.print(f"{versions} versions of each image, by {augmentation or 'no augmentation'}")
+    jobs = [(path, version) for path in paths for version in range(versions)]
+    settings = describe(args, runtime, backbone) | {
+        "stride": stride, "window": list(window) if window else None, "versions": versions,
+        "augment": asdict(augmentation) if augmentation else "none", "images": str(root),
+        "maps": len(jobs)}
     writer, writers = shard * runtime.world + runtime.rank, shards * runtime.world
     suffix = f"-{writer + 1}of{writers}" if writers > 1 else ""  # of this process's lists
     if runtime.rank == 0:

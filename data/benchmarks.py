@@ -283,12 +283,16 @@ class Dataset:
     things: frozenset = frozenset()  # classes whose segments are single objects
 
 
-def own_images(path, mask_root, classes, limit=None, name=None):
-    """Return a folder's images, or one, as a Dataset. Masks have their names in mask_root."""
-    root, images = Path(path), list_images(path)[:limit]
-    root = root.parent if root.is_file() else root
+def own_images(paths, mask_root, classes, limit=None, name=None):
+    """Return images, or those of folders, as a Dataset. Masks have their names in mask_root."""
+    name = name or str(paths[0])
+    folders = [Path(path) if os.path.isdir(path) else Path(path).parent for path in paths]
+    root = folders[0] if len(folders) == 1 else Path(os.path.commonpath(
+        [folder.absolute() for folder in folders]))
+    images = [os.path.relpath(folder / image, root) for path, folder in zip(paths, folders)
+              for image in list_images(path)][:limit]
     if mask_root is None:
-        return Dataset(name or str(path), root, images, None, None, classes)
+        return Dataset(name, root, images, None, None, classes)
     # file systems differ in how they compose accents
     stored = {unicodedata.normalize("NFC", str(path)): path for path in Path(mask_root).rglob("*")}
     masks = [Path(mask_root) / Path(image).with_suffix(".png") for image in images]
@@ -299,14 +303,14 @@ def own_images(path, mask_root, classes, limit=None, name=None):
             raise RunError(f"{mask} would be the mask of several images: {image_of[mask]}, "
                            f"{image}")
     tables = [label_table("plain", len(classes))] * len(masks)
-    return Dataset(name or str(path), root, images, masks, tables, classes)
+    return Dataset(name, root, images, masks, tables, classes)
 
 
 def demo_images(source=None, limit=None):
     """Return the demo's labelled test images. source: other names for its classes."""
     own, test = DEMO / "classes.txt", DEMO / "test"
     classes = renamed_classes(source or own, len(read_classes(own)), "the demo", own)
-    return own_images(test / "images", test / "masks", classes, limit, "demo")
+    return own_images([test / "images"], test / "masks", classes, limit, "demo")
 
 
 def open_benchmark(name, data_root, source=None, limit=None, part="val", panoptic=False):

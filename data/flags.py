@@ -92,9 +92,11 @@ def add_data_flags(parser):
     add("--data-root", type=filled, default="data", metavar="DIR", help="the folder of the "
         "benchmarks: DIR/VOCdevkit/VOC2012, DIR/cityscapes ... (%(default)s)")
     add("--check-data", action="store_true", help="only check counts, pairs, sizes and label ids")
-    add("--images", type=filled, metavar="PATH", help="your own images: a folder or one file")
+    add("--images", type=filled, metavar="PATH", nargs="+", help="your own images: folders, files")
     add("--masks", type=filled, metavar="DIR", help="label masks of --images: PNG files of the "
-        "same relative names, one channel of class numbers, 255 is ignored")
+        "same relative names, one channel of class numbers, 255 is ignored. Masks of colours: "
+        "numpy.asarray(Image.open(mask).convert('RGB')), compare with each class's colour over the "
+        "last axis, and save the class numbers as uint8")
     add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between "
         "synonyms, the first line is label 0; or \"cat, grass | lawn, sky\"; with --dataset: "
         "other names for its classes")
@@ -120,8 +122,10 @@ def parse(parser, argv=None):
 
     On a command line, Ctrl-C ends the process without a traceback until run_stage takes over,
     since the imports that follow take seconds. A shell's background job ignores Ctrl-C and goes
-    on doing so.
+    on doing so. Where no terminal shows them, progress bars are written rarely.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "20")
     if argv is None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return parser.parse_args(argv)

@@ -81,5 +81,5 @@ def write_onnx(args, selection, defaults):
     from extras.export_onnx import export
     classes = read_classes(args.classes, args.background) if args.classes else None
     runtime = start_runtime("cpu", "fp32", args.seed)
-    pretrained, student, _ = load_models(selection, runtime.device)
+    pretrained, student, _ = load_models(selection, runtime)
     export(student or pretrained, args.export, classes, args.plain_onnx)

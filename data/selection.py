@@ -4,7 +4,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from common import BACKBONES, LOADING, MODEL_FILES, load_backbone
+from huggingface_hub import snapshot_download
+
+from common import BACKBONES, DEMO, LOADING, MODEL_FILES, load_backbone, loading
 from data.files import RunError, UsageError, read_json, reading
 from data.benchmarks import (BENCHMARKS, GROUPS, demo_images, open_benchmark, own_images,
                              read_classes)
@@ -40,41 +42,50 @@ def read_selection(args):
     return Selection(**given)
 
 
-def load_models(selection, device):
+def load_models(selection, runtime):
     """Return the pre-trained backbone and the student, or None, and the name of the former."""
-    name, checkpoint = selection.backbone, selection.checkpoint
-    loading = {key: getattr(selection, key) for key in LOADING}
+    name, checkpoint, device = selection.backbone, selection.checkpoint, runtime.device
+    flags = {key: getattr(selection, key) for key in LOADING}
     pretrained = student = None
     if checkpoint is None:
         if selection.compare:
             raise UsageError("--compare needs a student; give --checkpoint in place of "
                              "--backbone, which follows from it")
-        pretrained = load_backbone(name, device=device, text=True, **loading)
+        pretrained = load_backbone(name, device=device, text=True, **flags)
     elif name and not Path(checkpoint).is_dir():
         from extras.official import load_official
         student = load_official(selection, device)
     else:
-        teacher = read_student(Path(checkpoint), name, selection.compare)
+        if checkpoint.startswith("hf-hub:"):
+            with loading(checkpoint, "The repository must hold a folder of distill.py"):
+                checkpoint = snapshot_download(checkpoint.removeprefix("hf-hub:"))
+        teacher, made = read_student(Path(checkpoint), name, selection.compare)
         name = teacher["backbone"]
-        loading = {key: loading[key] or teacher.get(key) for key in ("hub_dir", "dinov3_weights")}
-        student = load_backbone(Path(checkpoint).absolute(), device=device, text=True, **loading)
-        loading["random_init"] = teacher.get("random_init", False)
+        runtime.print(f"student {selection.checkpoint} ({made})")
+        flags = {key: flags[key] or teacher.get(key) for key in ("hub_dir", "dinov3_weights")}
+        student = load_backbone(Path(checkpoint).absolute(), device=device, text=True, **flags)
+        flags["random_init"] = teacher.get("random_init", False)
     if selection.compare:
-        pretrained = load_backbone(name, device=device, **loading)
+        pretrained = load_backbone(name, device=device, **flags)
     return pretrained, student, name
 
 
 def read_student(folder, backbone=None, needs_teacher=False):
-    """Return how a student's teacher was loaded: {"backbone": ..., ...}; it must be `backbone`."""
+    """Return how a student's teacher was loaded, {"backbone": ..., ...}, which must be `backbone`,
+    and in words what the student was made from."""
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise RunError(f"{folder} {problem}; distill.py writes a student there, or give "
                        "--backbone for a pre-trained model (and for a file of the authors)")
-    note, teacher = folder / "spar.json", {"backbone": str(folder)}
+    note, settings = folder / "spar.json", {"teacher": {"backbone": str(folder)}}
     with reading(note, "run distill.py again"):
         if needs_teacher or note.is_file():
-            teacher = read_json(note, "run distill.py again")["teacher"]
-        name = teacher["backbone"]
+            settings = read_json(note, "run distill.py again")
+        teacher = settings["teacher"]
+        name = made = teacher["backbone"]
+        if "maps" in settings:
+            made = (f"{name}, {settings['maps']} feature maps of {Path(teacher['images']).name}, "
+                    f"trained blocks: {settings['train_blocks'] or 'none'}")
         same = not backbone or BACKBONES.get(backbone, backbone) == BACKBONES.get(name, name)
     if not any((folder / file).is_file() for file in MODEL_FILES):
         raise RunError(f"{folder} holds no finished student; the distill.py command that began "
@@ -83,7 +94,7 @@ def read_student(folder, backbone=None, needs_teacher=False):
         raise UsageError(f"--checkpoint {folder} with --backbone {backbone} must be a file with "
                          "a SPAR state dict of the authors; this is a folder with a student of "
                          f"{name}, which needs no --backbone")
-    return teacher
+    return teacher, made
 
 
 def find_datasets(args):
@@ -114,12 +125,24 @@ def find_datasets(args):
             for name in GROUPS.get(args.dataset, [args.dataset])]
 
 
+def say_unknown_words(backbone, classes, runtime):
+    """Print the words that the demo's small backbone was never trained on."""
+    if backbone != "tiny":
+        return
+    known = set((DEMO / "tiny" / "words.txt").read_text().split())
+    unknown = {word for name in classes.flat for word in name.lower().split()} - known
+    if unknown:
+        runtime.print(f"tiny never learnt {', '.join(sorted(unknown))}; another --backbone knows "
+                      "more words")
+
+
 def maps_folder(save_maps, images, labelled):
     """Return the folder for label maps, or None. Raise UsageError for one among the images."""
     if not save_maps and labelled:
         return None
     maps = Path(save_maps or "runs/maps")
-    if images and Path(images).is_dir() and maps.resolve().is_relative_to(Path(images).resolve()):
-        raise UsageError(f"--save-maps {maps} lies inside --images {images}, where the next run "
-                         "would take the maps for images; give a folder outside")
+    for folder in filter(os.path.isdir, images or ()):
+        if maps.resolve().is_relative_to(Path(folder).resolve()):
+            raise UsageError(f"--save-maps {maps} lies inside --images {folder}, where the next "
+                             "run would take the maps for images; give a folder outside")
     return maps
