@@ -221,12 +221,25 @@ def stitched_features(backbone, image, window, stride, batch_size=60,
     return require_finite(stitcher.result(), backbone)
 
 
+def as_int8(features):
+    """Return a feature map (h, w, D) as (h, w, D + 2) int8: each cell's values in steps of its
+    largest one / 127, and the two bytes of that step as float16."""
+    step = (features.abs().amax(-1, keepdim=True) / 127).half()  # (h, w, 1)
+    step = step.where(step > 0, 1)
+    values = (features / step.float()).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([values, step.view(torch.int8)], -1)
+
+
 def open_features(path):
-    """Return a stored feature map, memory-mapped: (h, w, D) float16. Raise RunError."""
+    """Return a stored feature map: (h, w, D) float16, memory-mapped unless it is stored as int8.
+    Raise RunError."""
     with reading(path, "delete it and run extract_teacher.py again"):
         features = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(features, np.ndarray):
             raise ValueError("a zip file, not an .npy file")
+        if features.dtype == np.int8 and features.ndim == 3:
+            step = features[..., -2:].copy().view(np.float16).astype(np.float32)
+            features = (features[..., :-2] * step).astype(np.float16)
         if features.ndim != 3 or features.dtype != np.float16:
             raise ValueError(f"{features.dtype} of shape {features.shape}, not float16 (h, w, D)")
     return features
@@ -1152,7 +1165,7 @@ def start_runtime(device="auto", precision="auto", seed=0):
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the patch embedding too
     torch.manual_seed(seed)
-    if world > 1:
+    if world > 1 and not torch.distributed.is_initialized():
         try:
             # one process may wait long for another's last images; torchrun sees when one has died
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",

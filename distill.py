@@ -26,6 +26,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--teacher", type=filled, default="runs/teacher", help="feature maps (%(default)s)")
+    add("--images", type=filled, metavar="DIR", help="first run extract_teacher.py on these images "
+        "into --teacher, with its defaults")
+    add("--backbone", type=filled, help="of --images (default: siglip2)")
     add("--out", type=filled, default="runs/spar", help="folder to write (%(default)s)")
     add("--train-blocks", metavar="N", help="number of last blocks to train (default: 2), or "
         "'all' for the image tower: better on very large images, and three times slower")
@@ -399,7 +402,20 @@ def load_student(teacher, classes, args, device):
     return Student(backbone, first, parameters, texts)
 
 
+def extract_first(args):
+    """Run extract_teacher.py with its defaults for --images."""
+    import extract_teacher
+    flags = {"--images": args.images, "--out": args.teacher, "--backbone": args.backbone,
+             "--device": args.device, "--precision": args.precision, "--workers": args.workers}
+    extract_teacher.main(extract_teacher.parse_args(
+        [f"{flag}={value}" for flag, value in flags.items() if value is not None]))
+
+
 def main(args):
+    if args.backbone and not args.images:
+        raise UsageError("--backbone goes with --images; else the feature maps decide on it")
+    if args.images:
+        extract_first(args)
     teacher, out = Teacher(args.teacher, args.partial), Path(args.out)
     runtime = start_runtime(args.device, args.precision, args.seed)
     recipe = choose_recipe(args, teacher.loading["name"], len(teacher.entries), runtime.world)

@@ -58,6 +58,8 @@ def parse_args(argv=None):
     add("--export", type=ending(".onnx"), metavar="FILE",
         help="evaluate nothing: write an ONNX file that labels uint8 images (H, W, 3) of any "
         "size, or without --classes gives features; needs onnx, onnxscript and onnxruntime")
+    add("--export-texts", type=ending(".npz"), metavar="FILE", help="write --classes as vectors "
+        "for an --export of features, so that words can change afterwards")
     add("--plain-onnx", action="store_true", help="--export for other runtimes than onnxruntime: "
         "only operators of opset 23, with five times the memory at 1024 x 2048 pixels")
     add("--state", type=filled, metavar="DIR", default="runs/evaluate",
@@ -564,7 +566,7 @@ def folder_name(label):
 
 def main(args):
     selection = read_selection(args)
-    if args.export:
+    if args.export or args.export_texts:
         return write_onnx(args, selection, defaults=parse_args([]))
     openers = find_datasets(args)
     if args.check_data:

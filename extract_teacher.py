@@ -40,6 +40,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch-size", type=positive, default=60, help="most windows per forward pass "
         "(%(default)s; a CPU takes as many as its caches hold); reduce it if memory runs out")
+    add("--features", choices=["float16", "int8"], default="float16", help="how feature maps are "
+        "stored (%(default)s); int8, with a scale per patch, takes half the disk")
     add("--compile", action="store_true", help="use torch.compile; a CPU needs g++ or clang++")
     add("--shard", default="1/1", metavar="I/N", help="share I of N, on N machines and one --out")
     add("--strict", action="store_true", help="stop at the first image that cannot be used")
@@ -65,8 +67,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DEMO, LOADING, choose_window, default_stride, load_backbone, open_features,
-                    prefetch, run_stage, start_runtime, stitched_features, weights_hash)
+from common import (DEMO, LOADING, as_int8, choose_window, default_stride, load_backbone,
+                    open_features, prefetch, run_stage, start_runtime, stitched_features,
+                    weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
                         planned_size, read_image, read_index, read_json, read_lines,
@@ -204,14 +207,14 @@ class AugmentedImages:
         except RunError as error:
             return entry | {"error": str(error)}, None
 
-    def estimate_bytes(self, jobs, dim, samples=500):
-        """Estimate the disk space of some jobs' features from samples that are images."""
+    def estimate_bytes(self, jobs, width, samples=500):
+        """Estimate the disk space of some jobs' features, of `width` bytes per cell."""
         sizes = []
         for image, version in jobs[::max(1, len(jobs) // samples)]:
             with contextlib.suppress(Exception), Image.open(self.root / image) as header:
                 height, width = planned_size(self.plan(image, version, header.size[::-1]))
                 cells = height // self.patch * (width // self.patch)
-                sizes.append(cells * dim * 2 + 128)  # float16, after the header of an .npy file
+                sizes.append(cells * width + 128)  # after the header of an .npy file
         return int(np.mean(sizes or [0]) * len(jobs))
 
 
@@ -231,8 +234,8 @@ def missing(jobs, out, root, dim):
     return list(remaining)
 
 
-def extract(loaded, encode, out, suffix, strict):
-    """Store the features of what AugmentedImages.load returned."""
+def extract(loaded, encode, out, suffix, strict, int8):
+    """Store the features of what AugmentedImages.load returned, as float16 or int8."""
     for entry, pixels in loaded:
         if pixels is None and strict:
             raise RunError(f"{entry['error']} (--strict)")
@@ -244,11 +247,11 @@ def extract(loaded, encode, out, suffix, strict):
         if features.abs().max() > torch.finfo(torch.float16).max:
             raise RunError(f"{entry['image']}: its features exceed 65504, the largest float16; "
                            "they cannot be stored")
-        array = features.half().cpu().contiguous().numpy()
-        save_array(out / entry["file"], array)
+        stored = as_int8(features) if int8 else features.half()
+        crc = save_array(out / entry["file"], stored.cpu().contiguous().numpy())
         # after the file, so that every line of the index stands for a complete file
-        append_lines(out / f"index{suffix}.jsonl", entry | {
-            "grid": list(array.shape[:2]), "crc32": zlib.crc32(array)})
+        append_lines(out / f"index{suffix}.jsonl", entry | {"grid": list(features.shape[:2]),
+                                                            "crc32": crc})
 
 
 def merge(out, root, alone):
@@ -300,8 +303,8 @@ def describe(args, runtime, backbone):
     return {
         "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
         "weights": weights_hash(backbone.visual), "patch": backbone.patch, "dim": backbone.dim,
-        "seed": args.seed, "precision": runtime.precision, "compile": args.compile,
-        "threads": same_threads(Path(args.out, "teacher.json")),
+        "features": args.features, "seed": args.seed, "compile": args.compile,
+        "precision": runtime.precision, "threads": same_threads(Path(args.out, "teacher.json")),
         "torch": torch.__version__, "open_clip": open_clip.__version__,
     }
 
@@ -343,7 +346,8 @@ def main(args):
     share = jobs[shard::shards]  # by position alone, so that no two processes share a job
     mine = missing(share[runtime.rank::runtime.world], out, root, backbone.dim)
     images = AugmentedImages(root, augmentation, backbone.patch, args.seed)
-    need = writers * images.estimate_bytes(mine, backbone.dim)
+    width = backbone.dim + 2 if args.features == "int8" else 2 * backbone.dim
+    need = writers * images.estimate_bytes(mine, width)
     there = len(share) - runtime.total(len(mine))
     runtime.print(f"{len(paths)} images in {root}, {there:.0f} of {len(share)} feature maps are "
                   f"there; the others need about {need / 1e9:.2f} GB")
@@ -352,7 +356,7 @@ def main(args):
                                               stride, args.batch_size, runtime.autocast)
     loaded = tqdm(prefetch(images.load, mine, args.workers), total=len(mine), desc="teacher",
                   unit="map", disable=runtime.rank > 0)
-    extract(loaded, encode, out, suffix, args.strict)
+    extract(loaded, encode, out, suffix, args.strict, args.features == "int8")
     runtime.barrier()
     if runtime.rank == 0:
         report(out, root, jobs, alone=shards == 1)

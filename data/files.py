@@ -13,6 +13,7 @@ import secrets
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,13 @@ def remove_stale_files(folder, age=0):
 
 
 def save_array(path, array):
-    """Write an .npy file. Whoever reads it checks it, so it need not be durable."""
+    """Write an .npy file and return its CRC-32. Whoever reads it checks it, so it need not be
+    durable."""
     content = io.BytesIO()
     np.save(content, array)  # into a file, it would miss that a disk is full
     with atomic_path(path, durable=False) as temporary:
         temporary.write_bytes(content.getbuffer())
+    return zlib.crc32(content.getbuffer())
 
 
 def write_json(path, value):
@@ -168,7 +171,8 @@ def read_index(folder):
 def check_index_entry(entry):
     """Raise an error for an index entry of no augmented image, or of files outside the folder."""
     size, grid = planned_size(entry), entry["grid"]
-    whole = [*size, *grid, *entry["resize"], *(entry["crop"] or ()), entry["version"]]
+    whole = [*size, *grid, *entry["resize"], *(entry["crop"] or ()), entry["version"],
+             entry["crc32"]]
     if (len(size) != 2 or len(grid) != 2 or any(type(number) is not int for number in whole)
             or min(*size, *grid) < 1 or not isinstance(entry["flip"], bool)):
         raise ValueError(f"no augmented image in {json.dumps(entry)[:200]}")

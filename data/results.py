@@ -66,7 +66,7 @@ def write_results(args, settings, results, methods, datasets, runtime):
 
 
 EXPORTED = ("checkpoint", "backbone", "random_init", "hub_dir", "dinov3_weights", "classes",
-            "background", "seed", "export", "plain_onnx")
+            "background", "seed", "export", "export_texts", "plain_onnx")
 
 
 def write_onnx(args, selection, defaults):
@@ -76,10 +76,15 @@ def write_onnx(args, selection, defaults):
     if others:
         raise UsageError("--export writes a single pass in float32, with bilinear enlargement "
                          f"and no thresholds; leave out {', '.join(others)}")
-    if args.background and not args.classes:
-        raise UsageError("--background goes with --classes")
-    from extras.export_onnx import export
+    for flag in ("background", "export_texts"):
+        if getattr(args, flag) and not args.classes:
+            raise UsageError(f"--{flag.replace('_', '-')} goes with --classes")
+    from extras.export_onnx import export, export_texts
     classes = read_classes(args.classes, args.background) if args.classes else None
     runtime = start_runtime("cpu", "fp32", args.seed)
     pretrained, student, _ = load_models(selection, runtime)
-    export(student or pretrained, args.export, classes, args.plain_onnx)
+    if args.export_texts:
+        export_texts(student or pretrained, args.export_texts, classes)
+        classes = None
+    if args.export:
+        export(student or pretrained, args.export, classes, args.plain_onnx)

@@ -10,6 +10,14 @@ metadata under "classes". Without: "images", uint8 (B, H, W, 3) -> "features", f
     titles = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
     image = numpy.array(PIL.Image.open("photo.jpg").convert("RGB"))
     labels, = session.run(None, {"image": image})
+
+With --export features.onnx --export-texts words.npz, words can change later:
+
+    session, words = onnxruntime.InferenceSession("features.onnx"), numpy.load("words.npz")
+    features, = session.run(None, {"images": image[None]})           # (1, h, w, D)
+    features /= numpy.linalg.norm(features, axis=-1, keepdims=True)
+    similarities = features[0] @ words["texts"].T                    # (h, w, N)
+    classes = words["class_of_name"][similarities.argmax(-1)]        # (h, w), of words["titles"]
 """
 import importlib.util
 import json
@@ -81,6 +89,7 @@ def export(backbone, path, classes=None, plain=False):
     """
     name = backbone.source["name"]
     refuse_export(backbone)
+    print("exporting takes about a minute")
     if classes:
         texts = embed_texts(backbone, classes.flat)
         module, ends = Segmenter(backbone, texts, classes.class_of_name), ("image", "labels")
@@ -94,7 +103,7 @@ def export(backbone, path, classes=None, plain=False):
         raise UsageError(f"backbone {name} cannot be exported: {first_line(error)}") from error
     if not plain:
         use_contrib_attention(program.model)
-    metadata = {"backbone": name, "patch": str(backbone.patch)}
+    metadata = {"backbone": Path(name).name, "patch": str(backbone.patch)}
     if classes:
         metadata["classes"] = json.dumps(classes.titles)
     program.model.metadata_props.update(metadata)
@@ -103,6 +112,16 @@ def export(backbone, path, classes=None, plain=False):
         check(module, temporary, ends)
     operators = f"opset {OPSET}" + ("" if plain else " and onnxruntime's attention")
     print(f"{path}: {ends[0]} -> {ends[1]}, {os.path.getsize(path) / 1e6:.1f} MB, {operators}")
+
+
+def export_texts(backbone, path, classes):
+    """Write class names as an .npz file: titles (K,), class_of_name (N,), and the unit vectors of
+    the names, texts (N, D) float32."""
+    texts = embed_texts(backbone, classes.flat).numpy()
+    with atomic_path(path) as temporary:
+        np.savez(temporary, titles=np.array(classes.titles), texts=texts,
+                 class_of_name=classes.class_of_name.numpy())
+    print(f"{path}: {classes}")
 
 
 def refuse_export(backbone):
