@@ -147,6 +147,15 @@ def stitch_axis(length, window, stride, patch, cell):
     return placed / counts[:, None]
 
 
+@functools.lru_cache(256)
+def feature_axis(length, window, stride, patch):
+    """Return stitch_axis followed by downsampling to patches: (n, length / patch, window / patch)
+    float64."""
+    cell = math.gcd(stride, patch)  # a patch divided by u = lcm(stride, patch) / stride
+    downsample = linear_matrix(length // cell, length // patch)
+    return downsample @ stitch_axis(length, window, stride, patch, cell)
+
+
 class Stitcher:
     """Joins the feature maps of overlapping windows into one map.
 
@@ -166,10 +175,7 @@ class Stitcher:
     @classmethod
     def of_features(cls, size, window, stride, patch, device="cpu"):
         """Return a stitcher for windows (H, W) of an image of `size`, to its patch grid."""
-        cell = math.gcd(stride, patch)  # a patch divided by u
-        axes = [linear_matrix(length // cell, length // patch)
-                @ stitch_axis(length, side, stride, patch, cell)
-                for length, side in zip(size, window)]
+        axes = [feature_axis(length, side, stride, patch) for length, side in zip(size, window)]
         return cls(*axes, device)
 
     @staticmethod
@@ -203,6 +209,16 @@ class Stitcher:
         """Return the stitched map (H', W', C) float32, once every window was added."""
         assert self.next == len(self.rows) * len(self.columns), "windows are missing"
         return self.out
+
+
+def keep_half_weights(module, dtype):
+    """Hold the weights of matrix products in their dtype, where autocast would convert frozen ones
+    in every pass. Equal to the last bit."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.weight.data = part.weight.to(dtype)
+        elif isinstance(part, nn.MultiheadAttention):
+            part.in_proj_weight.data = part.in_proj_weight.to(dtype)
 
 
 @torch.no_grad()

@@ -59,8 +59,8 @@ def parse_args(argv=None):
     add("--cache-frozen", type=filled, default="auto", metavar="{auto,off,DIR}",
         help="store what enters the first trained block, so that later epochs neither decode "
         "images nor run frozen blocks: in DIR, or if there is room with the feature maps (auto)")
-    add("--save-every", type=bounded(int, 1), default=500, metavar="N", help="steps between "
-        "resumable states, besides each epoch's end and every five minutes (%(default)s)")
+    add("--save-every", type=bounded(float, 0), default=60, metavar="SECONDS", help="seconds "
+        "between resumable states, besides each epoch's end (%(default)s)")
     add_device_flags(parser, seed="seed of the order of the images and of --random-scale")
     return parse(parser, argv)
 
@@ -352,7 +352,7 @@ def train(student, teacher, frozen, recipe, runtime, args):
                             "lr": rate, "seconds": round(time.time() - begun, 3)})
             step += 1
             epoch_ends = step % epoch_steps == 0
-            save = epoch_ends or step % args.save_every == 0 or time.time() > saved + 300
+            save = epoch_ends or time.time() >= saved + args.save_every
             if save or len(pending) == log_every:
                 # AdamW counts no step that GradScaler skipped, since fp16 gradients overflowed
                 updates = int(optimizer.state[parameters[0]].get("step", 0))

@@ -67,8 +67,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (DEMO, LOADING, as_int8, choose_window, default_stride, load_backbone,
-                    open_features, prefetch, run_stage, start_runtime, stitched_features,
+from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride,
+                    keep_half_weights, load_backbone, open_features, prefetch, run_stage, start_runtime, stitched_features,
                     weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
@@ -290,8 +290,8 @@ def load_teacher(args, runtime):
     window = choose_window(backbone, args.window, stride)
     if args.compile:
         compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if runtime.device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise UsageError("--compile needs a C++ compiler on a CPU; install g++ or clang++")
+        if not any(map(shutil.which, compilers)):
+            raise UsageError("--compile needs a C++ compiler; install g++ or clang++")
         backbone.encode_dense = torch.compile(backbone.encode_dense, options={"freezing": True})
     weights = "RANDOM" if args.random_init else args.backbone
     runtime.print(f"window {window}, stride {stride}, weights {weights}")
@@ -346,6 +346,7 @@ def main(args):
     share = jobs[shard::shards]  # by position alone, so that no two processes share a job
     mine = missing(share[runtime.rank::runtime.world], out, root, backbone.dim)
     images = AugmentedImages(root, augmentation, backbone.patch, args.seed)
+    keep_half_weights(backbone.visual, DTYPES[runtime.precision])
     width = backbone.dim + 2 if args.features == "int8" else 2 * backbone.dim
     need = writers * images.estimate_bytes(mine, width)
     there = len(share) - runtime.total(len(mine))
