@@ -14,64 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from common import (DINOV3, DinoTxt, dense_features, embed_texts, load_backbone,
                     resize_positions, segment)
 from data.files import RunError, UsageError
-from conftest import MICRO, ROOT
+from conftest import (MICRO, NATIVE, PREPROCESSING, ROOT, assert_equals_timm, bicubic, shaken,
+                      write_folder)
 from time_inference import count_flops
 
 
-def shaken(backbone):
-    """Random initialisation leaves biases and class tokens near zero; larger values make mistakes
-    visible. (open_clip leaves the last projection of a CoCa's decoder uninitialised: NaN at times.)
-    """
-    torch.manual_seed(1)
-    for parameter in backbone.parameters():
-        parameter.data.nan_to_num_(0, 0, 0).clamp_(-9, 9).add_(0.02 * torch.randn_like(parameter))
-    return backbone
-
-
-# SigLIP's images are squashed to a square, not cropped, when plain open_clip embeds them
-PREPROCESSING = {"resize_mode": "squash", "interpolation": "bilinear"}
-
-
-def write_folder(folder, vision, **config):
-    """Write an open_clip folder with random weights. vision overrides MICRO's tower, or replaces
-    it by a timm one."""
-    tower = vision if "timm_model_name" in vision else MICRO["model_cfg"]["vision_cfg"] | vision
-    config = {"model_cfg": MICRO["model_cfg"] | {"vision_cfg": tower} | config,
-              "preprocess_cfg": MICRO["preprocess_cfg"] | PREPROCESSING}
-    folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = shaken(open_clip.create_model(f"local-dir:{folder}", load_weights=False,
-                                          pretrained_text=False))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
-
-
-def bicubic(table, grid, new_grid):
-    image = table.T.reshape(1, -1, *grid)
-    return F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False,
-                         antialias=False).flatten(2)[0].T
-
-
 # ---- image towers ---------------------------------------------------------------------------
-
-NATIVE = {
-    "clipa": {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
-    "avg": {"pool_type": "avg"},
-    "coca": {"attentional_pool": True, "attn_pooler_heads": 2},
-    "class token": {},
-    "rectangle": {"image_size": [48, 96]},
-    "patch 14": {"patch_size": 14, "image_size": 56},
-    "layer scale": {"ls_init_value": 0.1},
-}
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", NATIVE)
@@ -100,44 +55,6 @@ def test_native_towers_equal_open_clips_modules(case, tmp_path):
                               atol=2e-5 * expected.abs().max())
 
 
-def timm_reference(visual, images, grid):
-    """timm's own forward pass at the size of the images, with each patch then pooled as if it were
-    the only one: (B, n, D)."""
-    visual = copy.deepcopy(visual)
-    trunk, prefix = visual.trunk, visual.trunk.num_prefix_tokens
-    if hasattr(trunk, "patch_embed"):  # NaFlex towers take any size as they are
-        table, native = trunk.pos_embed, trunk.patch_embed.grid_size
-        visual.set_input_size(tuple(images.shape[-2:]))
-        if table is not None:
-            own = 0 if trunk.no_embed_class else prefix
-            trunk.pos_embed = nn.Parameter(torch.cat(
-                [table[:, :own], bicubic(table[0, own:], native, grid)[None]], 1))
-    if trunk.global_pool == "token":
-        count = prefix + grid[0] * grid[1]
-        alone = torch.full((count, count), float("-inf")).fill_diagonal_(0)
-        trunk.blocks[-1].register_forward_pre_hook(
-            lambda block, args, kwargs: (args, {**kwargs, "attn_mask": alone}), with_kwargs=True)
-    tokens = trunk.forward_features(images)
-    patches = tokens[:, prefix:].flatten(0, 1)[:, None]
-    if trunk.global_pool == "avg" and prefix:
-        patches = torch.cat([tokens[:, :prefix].repeat_interleave(grid[0] * grid[1], 0), patches],
-                            1)
-    return visual.head(trunk.forward_head(patches)).unflatten(0, (len(images), -1))
-
-
-def assert_equals_timm(backbone):
-    """Compare the first blocks' features with timm's at the native grid and at others."""
-    shaken(backbone)
-    del backbone.blocks[4:]
-    native = tuple(side // backbone.patch for side in backbone.window or (128, 128))
-    for grid in (native, (5, 9), (3, 2), (1, 1)):
-        images = torch.randn(1, 3, *(backbone.patch * side for side in grid))
-        features = backbone.encode_dense(images)
-        assert features.shape == (1, *grid, backbone.dim)
-        expected = timm_reference(backbone.visual, images, grid)
-        assert torch.allclose(features.flatten(1, 2), expected, atol=2e-5 * expected.abs().max())
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", [
@@ -152,9 +69,7 @@ def test_timm_towers_equal_timms_modules(name):
 @pytest.mark.parametrize("grid", [(4, 9), (12, 3), (7, 13), (1, 1), (9, 4), (2, 18)])
 def test_positions_are_interpolated_by_size(grid):
     table = torch.randn(36, 8)
-    expected = F.interpolate(table.T.reshape(1, 8, 6, 6), size=grid, mode="bicubic",
-                             align_corners=False, antialias=False)[0].flatten(1).T
-    assert torch.equal(resize_positions(table, (6, 6), grid), expected)
+    assert torch.equal(resize_positions(table, (6, 6), grid), bicubic(table, (6, 6), grid))
     assert resize_positions(table, (6, 6), (6, 6)) is table
 
 

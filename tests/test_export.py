@@ -1,7 +1,6 @@
 """ONNX files against torch: labels and features at sizes that are neither square nor multiples of
 the patch, from towers of every family; run in a process without torch and without this repository.
 """
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,13 +14,9 @@ from torchvision.transforms.functional import to_pil_image
 import evaluate_ovs
 from common import dense_features, label_pixels, load_backbone, segment
 from data.files import RunError, UsageError, nearest_multiple
-from conftest import run
+from conftest import NATIVE, needs_onnx, run, shaken, write_folder
 from extras import export_onnx
-from test_backbones import NATIVE, shaken, write_folder
 
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in export_onnx.PACKAGES),
-    reason=f"needs pip install {' '.join(export_onnx.PACKAGES)}")
 # smaller and larger than the native side, narrower than half a patch, native
 SIZES = [(45, 71), (150, 230), (7, 100), (64, 64), (1, 1)]
 WORDS = [["sky"], ["grass", "lawn"], ["red ball"], ["water"]]

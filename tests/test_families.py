@@ -15,9 +15,8 @@ import torch
 import evaluate_ovs
 from common import embed_texts, load_backbone, resize_positions
 from data.files import RunError, UsageError
-from conftest import run
+from conftest import Malicious, assert_equals_timm, run, shaken, write_folder
 from extras.official import load_checkpoint
-from test_backbones import assert_equals_timm, shaken, write_folder
 
 
 @pytest.mark.slow
@@ -120,14 +119,6 @@ def test_half_precision_stays_within_bounds(name, dtype, bound):
 
 
 # ---- official checkpoints -------------------------------------------------------------------
-
-class Malicious:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
 
 @pytest.mark.parametrize("function, argument", [
     (os.system, "touch executed"), (subprocess.call, ["touch", "executed"]),

@@ -1,5 +1,4 @@
-"""Flags, files and images as data/flags.py and data/files.py read and write them."""
-import argparse
+"""Files and images as data/files.py reads and writes them."""
 import contextlib
 import errno
 import json
@@ -14,33 +13,6 @@ from PIL import Image, ImageOps
 from data import files
 from data.benchmarks import image_size
 from data.files import RunError, UsageError
-from data.flags import Parser, bounded, filled
-
-# ---- flags -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind, high, text, value", [
-    (int, 9, "9", 9), (int, 9, "10", None), (int, 9, "0", None), (int, 9, "1.5", None),
-    (int, 9, "", None), (float, 2, "1.5", 1.5), (float, 2, "nan", None), (float, 2, "inf", None),
-    (float, 2, "-inf", None), (float, 2, "a", None)])
-def test_bounded_numbers(kind, high, text, value, capsys):
-    parser = Parser("")
-    parser.add_argument("--flag", type=bounded(kind, 1, high))
-    if value is not None:
-        assert parser.parse_args([f"--flag={text}"]).flag == value
-        return
-    with pytest.raises(SystemExit) as leaving:
-        parser.parse_args([f"--flag={text}"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert leaving.value.code == 2 and line.startswith("error: --flag")
-
-
-def test_empty_texts_are_refused():
-    assert filled(" a ") == " a "
-    for text in ("", " "):
-        with pytest.raises(argparse.ArgumentTypeError):
-            filled(text)
-
 
 # ---- files -----------------------------------------------------------------------------------
 

@@ -8,28 +8,9 @@ import torch.nn.functional as F
 
 from common import (Stitcher, choose_window, cut_windows, encode_windows, stitched_features,
                     window_starts)
+from conftest import stitch_by_definition
 from data.files import UsageError
 from evaluate_ovs import PixelStitcher
-
-
-def loop(maps, size, window, stride, cell, outputs):
-    """Apply the definition: upsample each window's map, add it in place, divide by the counts,
-    resize. maps: (n, i, j, C) float64."""
-    window = [min(side, length) for side, length in zip(window, size)]
-    total = torch.zeros(maps.shape[-1], size[0] // cell, size[1] // cell, dtype=torch.float64)
-    counts = torch.zeros_like(total[0])
-    starts = [(top, left) for top in window_starts(size[0], window[0], stride)
-              for left in window_starts(size[1], window[1], stride)]
-    for (top, left), features in zip(starts, maps, strict=True):
-        up = F.interpolate(features.permute(2, 0, 1)[None], size=[side // cell for side in window],
-                           mode="bilinear", align_corners=False)[0]
-        place = (slice(top // cell, top // cell + up.shape[1]),
-                 slice(left // cell, left // cell + up.shape[2]))
-        total[:, *place] += up
-        counts[place] += 1
-    joined = (total / counts)[None]
-    return F.interpolate(joined, size=outputs, mode="bilinear",
-                         align_corners=False)[0].permute(1, 2, 0)
 
 
 def random_maps(size, window, stride, patch, channels=5):
@@ -40,15 +21,15 @@ def random_maps(size, window, stride, patch, channels=5):
 
 
 # square, wide, tall, one side or both under the window
-@pytest.mark.parametrize("size", [(128, 128), (208, 304), (336, 144), (96, 240), (64, 80)])
-@pytest.mark.parametrize("stride", [8, 16, 17, 20, 24, 64, 128])
+@pytest.mark.parametrize("size", [(128, 128), (208, 240), (96, 240), (64, 80)])
+@pytest.mark.parametrize("stride", [8, 16, 17, 24, 64, 128])
 @pytest.mark.parametrize("window", [(128, 128), (128, 192)])
 def test_features_equal_the_loop(size, stride, window):
     maps = random_maps(size, window, stride, 16)
     stitcher = Stitcher.of_features(size, window, stride, 16)
     for part in maps.float().split(7):  # batches that end in the middle of a row of windows
         stitcher.add(part)
-    expected = loop(maps, size, window, stride, math.gcd(stride, 16),
+    expected = stitch_by_definition(maps, size, window, stride, math.gcd(stride, 16),
                     [side // 16 for side in size])
     assert stitcher.result().shape == expected.shape
     assert (stitcher.result() - expected).abs().max() < 1e-5
@@ -65,25 +46,25 @@ def in_strips(strip, height, ends):
 # sides in patches, of which one or both may be under the window's, and pixels of the output, None
 # for as many as the input's
 @pytest.mark.parametrize("grid, outputs", [
-    ((13, 19), (None, None)),
-    ((13, 19), (150, 333)),
-    ((6, 15), (100, None)),
-    ((4, 5), (None, None)),
+    ((9, 12), (None, None)),
+    ((9, 12), (110, 233)),
+    ((3, 10), (70, None)),
+    ((2, 3), (None, None)),
 ])
-@pytest.mark.parametrize("stride", [8, 12, 17, 20, 24, 56, 128])
-@pytest.mark.parametrize("patch, window", [(16, (128, 128)), (16, (64, 96)), (14, (140, 140))])
+@pytest.mark.parametrize("stride", [8, 12, 17, 24, 56, 128])
+@pytest.mark.parametrize("patch, window", [(16, (96, 96)), (16, (64, 96)), (14, (84, 84))])
 def test_similarities_at_pixel_resolution_equal_the_loop(grid, outputs, stride, patch, window):
     stride = min(stride, *window)
     size = tuple(patch * cells for cells in grid)
     outputs = tuple(given or own for given, own in zip(outputs, size))
-    maps = random_maps(size, window, stride, patch)
+    maps = random_maps(size, window, stride, patch, 3)
     stitcher = PixelStitcher(size, window, stride, patch)
     for part in maps.float().split(7):
         stitcher.add(part)
     strip = stitcher.strips(outputs)
     whole = strip(0, outputs[0]).permute(1, 2, 0)
     assert whole.shape == (*outputs, maps.shape[-1])
-    assert (whole - loop(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
+    assert (whole - stitch_by_definition(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
     anywhere = torch.randperm(outputs[0] - 1)[:5] + 1
     for ends in ([1, outputs[0] - 1], anywhere.tolist(), range(1, outputs[0])):
         assert (in_strips(strip, outputs[0], ends) - whole).abs().max() < 2e-6
@@ -101,21 +82,8 @@ def test_similarities_of_the_published_windows_equal_the_loop(size, window, stri
     stitcher = PixelStitcher(size, window, stride, 16)
     stitcher.add(maps.float())
     joined = in_strips(stitcher.strips(outputs), outputs[0], range(50, outputs[0], 50))
-    assert (joined - loop(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("stride, patch, share", [
-    (24, 16, 16),  # pieces of 8 pixels along each axis, two of which are held
-    (12, 16, 4),
-    (17, 16, 1),
-    (56, 14, 12.25),  # of 7 pixels
-])
-def test_only_the_ends_of_linear_pieces_are_held(stride, patch, share):
-    size, window = (13 * patch, 19 * patch), (10 * patch, 10 * patch)
-    maps = random_maps(size, window, stride, patch)
-    stitcher = PixelStitcher(size, window, stride, patch)
-    stitcher.add(maps.float())
-    assert stitcher.result().numel() * share == math.prod(size) * maps.shape[-1]
+    expected = stitch_by_definition(maps, size, window, stride, 1, outputs)
+    assert (joined - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", [Stitcher.of_features, PixelStitcher])
@@ -171,7 +139,7 @@ def test_batches_change_nothing(backbone, size):
     image = torch.randn(3, *size)
     windows = cut_windows(image, (64, 64), 24)
     single = torch.stack([backbone.encode_dense(view[None])[0] for view in windows])
-    expected = loop(single.double(), size, (64, 64), 24, 8, backbone.grid(image))
+    expected = stitch_by_definition(single.double(), size, (64, 64), 24, 8, backbone.grid(image))
     for most in (1, 5, 60):
         batches = list(encode_windows(backbone, image, (64, 64), 24, batch_size=most))
         assert (torch.cat(batches) - single).abs().max() < 1e-5
