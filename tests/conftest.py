@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,11 @@ from torch import nn
 
 from common import load_backbone, window_starts
 from data.files import RunError, UsageError, read_lines
+
+# Of this process and of those that it starts: two threads spin longer than these small tensors
+# take, and a resized image differs by a level here and there with their number.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = {
@@ -49,13 +55,40 @@ def run(stage, *flags):
 
 
 def command(script, *flags, launcher=(), **options):
-    """Start a stage as a user types it, with one thread, stopped by Ctrl-C even if the tests run
-    in the background of a shell. options: of subprocess.Popen."""
-    usual = {"env": os.environ | {"OMP_NUM_THREADS": "1"},
-             "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+    """Start a stage as a user types it, to be stopped by Ctrl-C even if the tests run in the
+    background of a shell. options: of subprocess.Popen."""
+    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
              "preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, flags)],
                             **(usual | options))
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory):
+    """A function that runs a stage in `world` new processes, and returns their exit codes and
+    outputs. The last process gets a signal `after` seconds after `watched` holds `count` lines, or
+    files if it is a folder."""
+    log = tmp_path_factory.mktemp("forks") / "output"
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "fork_server.py"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert server.stdout.readline() == "ready\n"
+
+    def fork(stage, flags, world=1, number=0, after=0.0, watched=None, count=3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"stage": stage, "flags": [str(flag) for flag in flags], "folder": os.getcwd(),
+               "world": world, "signal": number, "after": after, "watched": str(watched),
+               "count": count, "log": str(log), "port": port}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        return codes, [Path(f"{log}.{rank}").read_text() for rank in range(world)]
+
+    yield fork
+    server.stdin.close()
+    server.wait(timeout=60)
 
 
 def finish(process, code=0):
@@ -129,19 +162,6 @@ def pytest_configure(config):
 def seed():
     """Random numbers that do not depend on which tests ran before."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For comparisons to the last bit between processes: a resized image differs by a level here
-    and there with the number of threads."""
-    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(threads)
-    del os.environ["OMP_NUM_THREADS"]
-    os.environ |= {"OMP_NUM_THREADS": variable} if variable else {}
 
 
 # ---- models ----------------------------------------------------------------------------------

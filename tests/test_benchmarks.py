@@ -15,12 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import jaccard_score
 
 import evaluate_ovs
-from common import bilinear_strips, dense_features, label_strips, load_backbone
-from conftest import command, files, finish, refusal, results, run, save_image
-from data.files import RunError, read_lines
+from common import bilinear_strips, dense_features, label_strips
+from conftest import files, refusal, results, run, save_image
+from data.files import RunError
 from data.benchmarks import (BENCHMARKS, Classes, Dataset, Rule, Size, benchmark_classes,
                              benchmark_rule, label_table, open_benchmark,
                              read_label_ids, to_classes)
@@ -212,7 +211,7 @@ def test_thresholds_equal_the_literal_protocol(name, backbone, monkeypatch):
     Rule(area_threshold=0.2),
     Rule(25.0, 0.25, 0.1),
 ])
-def test_rules_of_plain_values(backbone, rule):
+def test_a_method_takes_rules_of_plain_values(backbone, rule):
     """Use a method and a rule without any flags, as a library's user does."""
     image, size = torch.randint(0, 256, (3, 70, 115), dtype=torch.uint8), (70, 115)
     classes = Classes([["wall", "floor"], ["cat"], ["grass", "lawn", "turf"], ["sky"]], True)
@@ -263,18 +262,15 @@ def test_benchmarks_are_opened_with_their_size(name, size, root):
 
 # ---- masks, and checks before a long run -----------------------------------------------------
 
-def add_image(rng, images, masks, k):
-    """Save image k, whose height tells it from others, and its mask."""
-    save_image(rng.integers(0, 256, (70 + k, 90, 3), np.uint8), images / f"{k}.png")
-    save_image(rng.choice(np.array([0, 1, 2, 255], np.uint8), (70 + k, 90)), masks / f"{k}.png")
-
-
 @pytest.fixture
 def own(tmp_path):
     """Four own images with masks of three classes: the flags for them."""
     rng = np.random.default_rng(5)
     for k in range(4):
-        add_image(rng, tmp_path / "images", tmp_path / "masks", k)
+        pixels = rng.integers(0, 256, (70 + k, 90, 3), np.uint8)
+        save_image(pixels, tmp_path / "images" / f"{k}.png")
+        labels = rng.choice(np.array([0, 1, 2, 255], np.uint8), (70 + k, 90))
+        save_image(labels, tmp_path / "masks" / f"{k}.png")
     return ["--images", tmp_path / "images", "--masks", tmp_path / "masks",
             "--classes", "cat, grass | lawn, sky", "--state", tmp_path / "state"]
 
@@ -372,7 +368,7 @@ def test_bad_masks_stop_before_the_first_image(own, micro, array, options, messa
     (["--upsampler", "anyup", "--inference", "sliding-window"], "window"),
     (["--dataset", "voc21"], "mutually exclusive"),
 ])
-def test_wrong_calls(own, micro, flags, message, capsys):
+def test_a_call_that_cannot_work_is_named(own, micro, flags, message, capsys):
     assert re.search(message, refusal(capsys, evaluate_ovs, *own, "--backbone", micro, *flags)[1])
 
 
@@ -385,7 +381,7 @@ def test_wrong_calls(own, micro, flags, message, capsys):
      "/nowhere/ADEChallengeData2016 does not exist; --data-root"),
     (["--classes", "cat"], "cat: 1 classes, but the demo has 23"),
 ])
-def test_wrong_calls_on_benchmarks(root, micro, flags, message, capsys):
+def test_a_call_that_cannot_work_on_benchmarks_is_named(root, micro, flags, message, capsys):
     flags = ["--backbone", micro, "--data-root", root, *flags]
     assert message in refusal(capsys, evaluate_ovs, *flags)[1]
 
@@ -403,19 +399,19 @@ def test_unreadable_images_are_left_out_and_counted(own, micro, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_two_processes_count_the_same_pixels(own, micro, tmp_path, one_thread):
+def test_two_processes_count_the_same_pixels(fork, own, micro, tmp_path):
     flags = [*own, "--backbone", micro, "--refine", "none", "lposs"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     one, two = tmp_path / "one", tmp_path / "two"
     evaluate(*flags, "--json", tmp_path / "one.json", "--save-maps", one)
-    finish(command("evaluate_ovs.py", *flags, "--json", tmp_path / "two.json", "--save-maps", two,
-                   launcher=launcher))
+    codes, outputs = fork("evaluate_ovs", [*flags, "--json", tmp_path / "two.json", "--save-maps",
+                                           two], world=2)
+    assert codes == [0, 0], outputs
     assert results(tmp_path / "one.json") == results(tmp_path / "two.json")
     assert files(one) == files(two) and len(files(two)) == 2 * 4 * 3 + 1
     # without masks, the areas of all images are in one file
-    flags = ["--images", own[1], *flags[4:]]
-    evaluate(*flags, "--save-maps", one)
-    finish(command("evaluate_ovs.py", *flags, "--save-maps", two, launcher=launcher))
+    flags = ["--images", own[1], *flags[4:], "--save-maps"]
+    evaluate(*flags, one)
+    assert fork("evaluate_ovs", [*flags, two], world=2)[0] == [0, 0]
     assert files(one) == files(two) and "shares.csv" in files(two)
 
 
@@ -442,59 +438,51 @@ def interrupt_after(count, monkeypatch):
     return calls
 
 
-def test_an_interrupted_run_continues_exactly(own, micro, tmp_path, monkeypatch, capsys):
-    flags = [*own, "--backbone", micro]
-    evaluate(*flags, "--json", tmp_path / "whole.json")
-    interrupt_after(3, monkeypatch)  # the warm-up, and two images
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*flags, "--json", tmp_path / "resumed.json")
-    monkeypatch.undo()
-    (state,) = (tmp_path / "state").iterdir()
-    assert len(read_lines(state)) == 2
-    with open(state, "a") as file:
-        file.write('{"image": "2.png", "cel')  # as a killed process leaves it
-    capsys.readouterr()
-    evaluate(*flags, "--json", tmp_path / "resumed.json")
-    assert "continuing an unfinished run: 2 of 4" in capsys.readouterr().out
-    assert not list((tmp_path / "state").iterdir())
-    assert results(tmp_path / "whole.json") == results(tmp_path / "resumed.json")
-
-
 def read_shares(path):
     header, *lines = csv.reader(path.read_text().splitlines())
     return header, lines
 
 
-def test_an_interrupted_run_without_masks_continues(own, micro, tmp_path, monkeypatch, capsys):
-    """What was done is not predicted again, and shares.csv has all images."""
-    flags = ["--images", own[1], *own[4:], "--backbone", micro, "--refine", "none", "lposs"]
-    evaluate(*flags, "--save-maps", tmp_path / "whole")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_interrupted_run_continues_exactly(own, micro, tmp_path, monkeypatch, capsys, labelled):
+    """What was done is not predicted again; scores, maps and areas are those of a whole run."""
+    flags = [*own, "--backbone", micro, "--refine", "none", "lposs", "--save-maps"]
+    if labelled:
+        flags = ["--json", tmp_path / "out.json", *flags]
+    else:
+        del flags[2:4]
+    evaluate(*flags, tmp_path / "whole")
+    whole = results(tmp_path / "out.json") if labelled else None
     sizes = [(70 + k, 90) for k in range(4)]
     calls = interrupt_after(8, monkeypatch)  # the first row, its warm-up, two of the second row
     with pytest.raises(KeyboardInterrupt):
-        evaluate(*flags, "--save-maps", tmp_path / "maps")
+        evaluate(*flags, tmp_path / "maps")
     assert calls == [sizes[0], *sizes, sizes[0], *sizes[:2]]
     assert not (tmp_path / "maps" / "shares.csv").exists()
     monkeypatch.undo()
+    for state in (tmp_path / "state").iterdir():
+        with open(state, "a") as file:
+            file.write('{"image": "2.png", "cel')  # as a killed process leaves it
     next((tmp_path / "maps").rglob("0.png.pca.png")).unlink()  # is made again
     calls = interrupt_after(None, monkeypatch)
     capsys.readouterr()
-    evaluate(*flags, "--save-maps", tmp_path / "maps")
+    evaluate(*flags, tmp_path / "maps")
     assert len(calls) == 2 + 1 + 2  # two warm-ups, the image without a map, two that were left
-    output = capsys.readouterr().out
-    assert "continuing an unfinished run: 5 of 8 label maps" in output
-    assert all(re.search(rf"^{k}.png \(single-pass\): .* %", output, re.M) for k in range(4))
-    _, lines = read_shares(tmp_path / "maps" / "shares.csv")
-    assert [line[:2] for line in lines] == [[f"{k}.png", method] for method in
-                                            ("single-pass", "single-pass +lposs")
-                                            for k in range(4)]
+    assert "continuing an unfinished run: 5 of 8 label maps" in capsys.readouterr().out
     assert not list((tmp_path / "state").iterdir())
     assert files(tmp_path / "whole") == files(tmp_path / "maps")
-    assert len(files(tmp_path / "maps")) == 2 * 4 * 3 + 2
+    assert len(files(tmp_path / "maps")) == 2 * 4 * 3 + 1 + (not labelled)
+    if labelled:
+        assert results(tmp_path / "out.json") == whole
+    else:
+        _, lines = read_shares(tmp_path / "maps" / "shares.csv")
+        assert [line[:2] for line in lines] == [
+            [f"{k}.png", method] for method in ("single-pass", "single-pass +lposs")
+            for k in range(4)]
 
 
 @pytest.mark.slow
-def test_other_settings_do_not_continue(own, micro, tmp_path, monkeypatch):
+def test_a_run_of_other_settings_is_not_continued(own, micro, tmp_path, monkeypatch):
     def journal(*extra):
         def begin(evaluation, *_):
             raise KeyboardInterrupt(evaluation.journal.path)
@@ -524,7 +512,7 @@ def test_other_settings_do_not_continue(own, micro, tmp_path, monkeypatch):
     ("--short-side", "short_side", (64, 80, 96), "short side of the image"),
     ("--area", "area", (64, 80), "side of the square of the image's area"),
 ])
-def test_sweeps(own, micro, tmp_path, capsys, flag, key, sides, label):
+def test_a_sweep_has_a_row_a_size_and_a_plot(own, micro, tmp_path, capsys, flag, key, sides, label):
     strides = (32, 24)
     evaluate(*own, "--backbone", micro, "--inference", "sliding-window", "--strides", *strides,
              "--limit", 2, flag, *sides, "--json", tmp_path / "sweep.json",
@@ -539,7 +527,7 @@ def test_sweeps(own, micro, tmp_path, capsys, flag, key, sides, label):
     assert label in (tmp_path / "sweep.svg").read_text()
 
 
-def test_own_words_with_a_background(own, micro, tmp_path):
+def test_own_words_leave_the_rest_to_the_background(own, micro, tmp_path):
     flags = ["--images", own[1], "--limit", 2,
              "--classes", "cat, grass | lawn", "--background", "wall, floor",
              "--prob-threshold", "0.999", "--backbone", micro, "--save-maps", tmp_path / "maps",
@@ -561,22 +549,8 @@ def test_own_words_with_a_background(own, micro, tmp_path):
         assert [float(value) for value in line[2:]] == pytest.approx(areas, abs=0.006)
 
 
-# ---- students: the contact sheet, and the name of the teacher's backbone ---------------------
-
-@pytest.fixture(scope="module")
-def other_student(micro, tmp_path_factory):
-    """A folder as distill.py writes it, of another image tower than its teacher's."""
-    folder = tmp_path_factory.mktemp("student")
-    backbone = load_backbone(micro, text=True)
-    for parameter in backbone.blocks[-1].parameters():
-        parameter += 0.3 * torch.randn_like(parameter)
-    backbone.save(folder)
-    (folder / "spar.json").write_text(json.dumps({"teacher": {"backbone": micro}}))
-    return folder
-
-
-def test_the_teachers_backbone_may_be_named(own, micro, other_student, tmp_path, capsys):
-    flags = [*own, "--limit", 2, "--checkpoint", other_student]
+def test_the_teachers_backbone_may_be_named(own, micro, student, tmp_path, capsys):
+    flags = [*own, "--limit", 2, "--checkpoint", student]
     evaluate(*flags, "--json", tmp_path / "alone.json")
     evaluate(*flags, "--backbone", micro, "--json", tmp_path / "named.json")
     (alone,), (named,) = results(tmp_path / "alone.json"), results(tmp_path / "named.json")
@@ -587,40 +561,3 @@ def test_the_teachers_backbone_may_be_named(own, micro, other_student, tmp_path,
     for extra in ([], ["--compare"]):
         assert re.search(f"--backbone tiny.* a student of {micro}",
                          refusal(capsys, evaluate_ovs, *flags, "--backbone", "tiny", *extra)[1])
-
-
-def image_miou(labels, predictions):
-    kept = labels != 255
-    present = sorted(set(labels[kept]) | set(predictions[kept]))
-    return jaccard_score(labels[kept], predictions[kept], labels=present, average="macro")
-
-
-@pytest.mark.slow
-def test_the_sheet_begins_where_windows_lead(own, micro, other_student, tmp_path, monkeypatch):
-    """The lead is that of the last window over the first row in the mIoU of an image alone."""
-    from extras import drawing
-    rng = np.random.default_rng(6)
-    for k in range(4, 9):
-        add_image(rng, own[1], own[3], k)
-    drawn, maps, names = [], tmp_path / "maps", [f"{k}.png" for k in range(9)]
-    contact_sheet = drawing.contact_sheet
-    monkeypatch.setattr(drawing, "contact_sheet", lambda *inputs: (
-        drawn.append(inputs), contact_sheet(*inputs))[1])
-    flags = [*own, "--checkpoint", other_student, "--save-maps", maps]
-    evaluate(*flags, "--compare", "--stride", 16, 32)
-    masks = {name: np.array(Image.open(own[3] / name)) for name in names}
-    columns = ["single-pass", "sliding-window-16", "sliding-window-32", "spar"]
-    labels = {column: {name: np.array(Image.open(maps / column / f"{name}.labels.png"))
-                       for name in names} for column in columns}
-    lead = {name: image_miou(masks[name], labels["sliding-window-32"][name])
-            - image_miou(masks[name], labels["single-pass"][name]) for name in names}
-    order = sorted(names, key=lambda name: -lead[name])[:6]
-    assert order != names[:6]
-    ((rows, titles, _),) = drawn
-    assert titles == ["image", "labels", "single pass", "window, stride 16", "window, stride 32",
-                      "SPAR, single pass"]
-    for name, (image, mask, *shown) in zip(order, rows, strict=True):
-        assert (image.permute(1, 2, 0).numpy() == np.array(Image.open(own[1] / name))).all()
-        assert (mask.numpy() == masks[name]).all()
-        for column, predictions in zip(columns, shown, strict=True):
-            assert (predictions.numpy() == labels[column][name]).all()

@@ -1,13 +1,7 @@
 """Distillation: what each variant trains, its losses, frozen blocks computed once, several
 processes, interruptions."""
-import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +13,7 @@ import distill
 import extract_teacher
 from common import load_backbone, start_runtime
 from data.files import RunError, UsageError, read_index, read_lines
-from conftest import ROOT, SMALL, changed_parameters, files, losses, run, weights
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from conftest import SMALL, changed_parameters, files, losses, run, weights
 
 RECIPE = ["--epochs", "4", "--lr", "1e-3", "--save-every", "7"]
 
@@ -154,7 +146,7 @@ def test_training_is_a_plain_loop(teacher, micro, tmp_path):
         assert torch.equal(student[f"visual.{name}"], parameter), name
 
 
-def test_similarity_loss(teacher, tmp_path):
+def test_similarities_to_class_names_can_be_distilled(teacher, tmp_path):
     rng = torch.Generator().manual_seed(0)
     features, target, texts = (torch.randn(*shape, generator=rng)
                                for shape in ((3, 5, 24), (3, 5, 24), (7, 24)))
@@ -170,7 +162,7 @@ def test_similarity_loss(teacher, tmp_path):
     assert np.mean(log[-20:]) < 0.9 * np.mean(log[:20])
 
 
-def test_multi_resolution_distillation(micro, photos, tmp_path):
+def test_images_are_rescaled_anew_in_each_epoch(micro, photos, tmp_path):
     """Every image is rescaled anew in each epoch, and maps are compared on the teacher's grid."""
     run(extract_teacher, "--images", photos, "--out", tmp_path / "single", "--backbone", micro,
         *SMALL, "--stride", 0)
@@ -187,7 +179,7 @@ def test_multi_resolution_distillation(micro, photos, tmp_path):
             == pytest.approx(((resized - target) ** 2).mean().item(), rel=1e-5))
 
 
-def test_random_factors(teacher):
+def test_random_scales_cover_their_range(teacher):
     recipe = distill.Recipe(epochs=8, random_scale=[0.5, 2])
     folder, areas = distill.Teacher(teacher), {}
     for batch in distill.batches(folder, None, recipe, start_runtime("cpu"), 0, workers=2):
@@ -207,7 +199,7 @@ def test_random_factors(teacher):
     (["--classes", "cat, dog"], "--loss similarity"),
     (["--random-scale", 2, 1], "LO <= HI"),
 ])
-def test_wrong_flags(teacher, tmp_path, flags, message):
+def test_a_flag_that_cannot_work_is_named(teacher, tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         run(distill, "--teacher", teacher, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -262,7 +254,7 @@ def test_tokens_of_other_settings_lie_apart(whole, teacher, tokens, tmp_path):
         run(distill, "--teacher", teacher, "--out", whole, *RECIPE, "--cache-frozen", "off")
 
 
-def test_why_tokens_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
+def test_the_reason_why_tokens_are_not_stored_is_printed(teacher, tmp_path, monkeypatch, capsys):
     def reason(*flags):
         run(distill, "--teacher", teacher, "--out", tmp_path / str(len(flags)), *flags)
         (line,) = [line for line in capsys.readouterr().out.splitlines()
@@ -276,7 +268,7 @@ def test_why_tokens_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_tokens_beyond_float16(teacher, tmp_path, monkeypatch, capsys):
+def test_tokens_beyond_float16_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
     """They are not stored unless a folder is given; then the run stops, and says what helps."""
     tokens = distill.frozen_tokens
     monkeypatch.setattr(distill, "frozen_tokens", lambda *args: 1e6 * tokens(*args))
@@ -289,72 +281,6 @@ def test_tokens_beyond_float16(teacher, tmp_path, monkeypatch, capsys):
 
 # ---- several processes, interruptions --------------------------------------------------------
 
-# Imports once and forks what is asked for, so that ten interruptions take seconds; the command
-# lines themselves run in test_stages.py.
-SERVER = """
-import json, os, signal, sys, time
-import matplotlib.pyplot, open_clip, timm, torch
-import common, distill, extract_teacher
-signal.signal(signal.SIGINT, signal.default_int_handler)
-print("ready", flush=True)
-for line in sys.stdin:
-    job, pids = json.loads(line), []
-    for rank in range(job["world"]):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            output = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1), os.dup2(output, 2)
-            sys.argv = [job["stage"] + ".py", *job["flags"]]
-            if job["world"] > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank),
-                                  WORLD_SIZE=str(job["world"]),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-            stage = sys.modules[job["stage"]]
-            try:
-                common.run_stage(stage.main, stage.parse_args(job["flags"]))
-            except SystemExit as leaving:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(leaving.code)
-    if job["signal"]:
-        def lines():
-            return open(job["lines"]).read().count("\\n") if os.path.exists(job["lines"]) else 0
-        while (os.waitid(os.P_PID, pids[-1], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-               and lines() < job["count"]):
-            time.sleep(0.002)
-        time.sleep(job["after"])
-        os.kill(pids[-1], job["signal"])
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
-          flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory):
-    """A function that runs a stage in `world` new processes, and returns their exit codes and
-    outputs. The last process gets a signal `after` seconds after `lines` holds `count` lines."""
-    log = tmp_path_factory.mktemp("forks") / "output"
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert server.stdout.readline() == "ready\n"
-
-    def fork(stage, flags, world=1, number=0, after=0.0, lines=None, count=3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        job = {"stage": stage, "flags": [str(flag) for flag in flags], "world": world,
-               "signal": number, "after": after, "lines": str(lines) if lines else None,
-               "count": count, "log": str(log), "port": port}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return codes, [Path(f"{log}.{rank}").read_text() for rank in range(world)]
-
-    yield fork
-    server.stdin.close()
-    server.wait(timeout=60)
-
-
 @pytest.mark.slow
 def test_a_training_interrupted_at_random_moments_ends_the_same(fork, whole, teacher, tmp_path):
     """SIGKILL, SIGTERM and SIGINT, each time the same command again: the weights and the log of
@@ -365,10 +291,10 @@ def test_a_training_interrupted_at_random_moments_ends_the_same(fork, whole, tea
     for _ in range(6):
         # at once, if the process before got there
         count = len(read_lines(log)) + rng.randrange(-2, 9)
-        fork("distill", flags, number=signal.SIGKILL, after=rng.uniform(0, 0.03), lines=log,
+        fork("distill", flags, number=signal.SIGKILL, after=rng.uniform(0, 0.03), watched=log,
              count=count)
     for number in (signal.SIGTERM, signal.SIGINT):
-        codes, (output,) = fork("distill", flags, number=number, lines=log,
+        codes, (output,) = fork("distill", flags, number=number, watched=log,
                                 count=len(read_lines(log)) + 5)
         assert codes == [130] and "Traceback" not in output
         assert f"continue with: python distill.py --teacher {teacher} --out {out}" in output
@@ -391,7 +317,7 @@ def test_two_processes_train_as_one_does_on_batches_of_two(fork, teacher, tokens
     for name, number, code in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 130)):
         again = [*flags, "--out", tmp_path / name]
         codes, outputs = fork("distill", again, world=2, number=number,
-                              lines=tmp_path / name / "log.jsonl")
+                              watched=tmp_path / name / "log.jsonl")
         assert codes == [1, code] and "Traceback" not in outputs[0]
         assert outputs[0].count("error: ") == 1
         assert fork("distill", again, world=2)[0] == [0, 0]

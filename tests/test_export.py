@@ -51,13 +51,12 @@ def as_pil(image):
     return to_pil_image(torch.from_numpy(image).permute(2, 0, 1))
 
 
-# native by class token, attention and mean; timm by attention and class token, rotary, NaFlex
+# native by attention, mean and class token; timm by attention, rotary, NaFlex
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "class token", "coca", "clipa", "patch 14", "ViT-B-32-SigLIP2-256", "MobileCLIP2-B",
-    "EVA02-B-16", "siglip2-naflex"])
-def test_features_of_every_family(name, tmp_path):
+    "coca", "clipa", "patch 14", "ViT-B-32-SigLIP2-256", "EVA02-B-16", "siglip2-naflex"])
+def test_a_file_gives_the_features_of_torch(name, tmp_path):
     if name in NATIVE:
         backbone = load_backbone(write_folder(tmp_path / "model", NATIVE[name]))
     else:
@@ -67,11 +66,13 @@ def test_features_of_every_family(name, tmp_path):
     export_onnx.export(backbone, path)
     batches = {str(size): smooth_image(size)[None] for size in [*SIZES, (3 * patch, 5 * patch)]}
     batches["batch"] = np.stack([smooth_image((5 * patch, 2 * patch)) for _ in range(3)])
-    out = run_alone(path, batches)
-    for name, batch in batches.items():
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in batches.values():
+        (maps,) = session.run(None, {session.get_inputs()[0].name: batch})
         # a resampled pixel may be rounded to the next level
         exact = all(side == nearest_multiple(side, patch) for side in batch.shape[1:3])
-        for features, image in zip(out[name], batch, strict=True):
+        for features, image in zip(maps, batch, strict=True):
             expected = dense_features(backbone, as_pil(image)).numpy()
             assert features.shape == expected.shape
             error = np.linalg.norm(features - expected) / np.linalg.norm(expected)
@@ -81,7 +82,7 @@ def test_features_of_every_family(name, tmp_path):
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--plain-onnx"]])
-def test_segmenter_of_the_demos_backbone(flags, tmp_path):
+def test_a_file_gives_the_labels_of_torch_without_torch(flags, tmp_path):
     path = tmp_path / "segmenter.onnx"
     run(evaluate_ovs, "--backbone", "tiny", "--export", path, "--classes",
         ", ".join("|".join(names) for names in WORDS), *flags)

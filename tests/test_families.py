@@ -106,16 +106,16 @@ def test_images_are_normalised_as_the_weights_were_trained(name, mean):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["openclip", "siglip2", "EVA02-B-16"])
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_half_precision_stays_within_bounds(name, dtype, bound):
+def test_half_precision_stays_within_bounds(name):
     """The features' relative error (norm of the difference by the norm), of an image that is not
     square, through twelve blocks."""
     backbone = load_backbone(name, random_init=True)
-    images = torch.randn(1, 3, 96, 160)
+    images = torch.randn(1, 3, 48, 80)
     exact = backbone.encode_dense(images)
-    with torch.autocast("cpu", dtype):
-        half = backbone.encode_dense(images).float()
-    assert 0 < (half - exact).norm() / exact.norm() < bound
+    for dtype, bound in ((torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        with torch.autocast("cpu", dtype):
+            half = backbone.encode_dense(images).float()
+        assert 0 < (half - exact).norm() / exact.norm() < bound
 
 
 # ---- official checkpoints -------------------------------------------------------------------
@@ -190,7 +190,7 @@ def bicubic_by_scale(table, old, new):
 
 
 @pytest.mark.parametrize("grid", [(14, 28), (42, 63), (5, 9), (1, 1)])
-def test_positions_of_the_authors_openclip_students(grid):
+def test_positions_of_the_authors_openclip_students_are_resized_by_scale(grid):
     table = torch.randn(14 * 14, 8, dtype=torch.float64)
     rows = bicubic_by_scale(table.view(14, -1), 14, grid[0])
     columns = rows.view(grid[0], 14, 8).transpose(0, 1).reshape(14, -1)

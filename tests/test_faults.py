@@ -23,7 +23,6 @@ from data.files import RunError, UsageError, atomic_path, read_index, read_lines
 from conftest import (MICRO, SMALL, Malicious, changed_parameters, command, copy_files, extract,
                       files, finish, losses, refusal, run)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_a_model_folder_runs_no_code_of_its_own(place, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_configuration_of_a_million_layers(tmp_path):
+def test_a_configuration_of_a_million_layers_is_refused(tmp_path):
     config = json.loads(json.dumps(MICRO))
     config["model_cfg"]["vision_cfg"]["layers"] = 10 ** 6
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -122,7 +121,7 @@ def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, 
     (["--images", "IMAGES", "--classes", "cat", "--masks", "/nowhere"], 1, "/nowhere"),
     (["--images", "/nowhere", "--classes", "cat"], 1, "/nowhere"),
     (["--checkpoint", "/nowhere"], 1, "/nowhere")])
-def test_calls_of_evaluate_that_cannot_work(student, images, capsys, flags, code, named):
+def test_an_evaluation_that_cannot_work_is_named(student, images, capsys, flags, code, named):
     flags = [images if flag == "IMAGES" else flag for flag in flags]
     found, line = refusal(capsys, evaluate_ovs, "--checkpoint", student, *flags)
     assert found == code and named in line
@@ -174,7 +173,7 @@ def test_bad_images_are_noted_and_the_rest_is_done(micro, photos, tmp_path, caps
 
 
 @pytest.mark.parametrize("what", ["changed", "deleted", "spoilt"])
-def test_an_image_that_is_no_more_the_same(micro, images, own_teacher, tmp_path, what):
+def test_an_image_that_changed_is_extracted_again(micro, images, own_teacher, tmp_path, what):
     before = files(own_teacher / "features")
     pixels = np.asarray(Image.open(images / "1.png"))
     (images / "1.png").unlink()
@@ -195,7 +194,7 @@ def test_an_image_that_is_no_more_the_same(micro, images, own_teacher, tmp_path,
         assert "1.png" in (own_teacher / "failures.jsonl").read_text()
 
 
-def test_a_copied_image_is_the_same(micro, images, own_teacher, tmp_path):
+def test_a_copied_image_is_not_extracted_again(micro, images, own_teacher, tmp_path):
     """Another date alone makes nothing anew."""
     path = own_teacher / "features" / "0.png.npy"
     before = path.stat().st_mtime_ns
@@ -207,7 +206,7 @@ def test_a_copied_image_is_the_same(micro, images, own_teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_unusual_file_names(micro, photos, tmp_path, capsys):
+def test_unusual_file_names_go_through_all_stages(micro, photos, tmp_path, capsys):
     """Too long for a file beside it, not UTF-8, mathematics to matplotlib."""
     folder, spar = tmp_path / "$a$ $b", tmp_path / "spar $"
     folder.mkdir()
@@ -356,7 +355,7 @@ def test_values_that_are_not_finite_keep_the_last_good_state(own_teacher, tmp_pa
     assert not (spar / "open_clip_model.safetensors").exists()
 
 
-def test_a_log_that_was_deleted(student, teacher, tmp_path):
+def test_a_finished_student_survives_a_deleted_log(student, teacher, tmp_path):
     spar = shutil.copytree(student, tmp_path / "spar")
     (spar / "log.jsonl").unlink()
     run(distill, "--teacher", teacher, "--out", spar, "--epochs", 3, "--lr", 1e-3)
@@ -382,7 +381,7 @@ def wait_for(path, lines, process):
 
 
 @pytest.mark.slow
-def test_one_training_a_folder(teacher, tmp_path):
+def test_a_second_training_in_a_folder_is_refused(teacher, tmp_path):
     """A second one is refused. As a background job of a shell, it ignores Ctrl-C, not SIGTERM."""
     log, flags = tmp_path / "log.jsonl", ["--teacher", teacher, "--out", tmp_path, "--epochs", 99]
     process = command("distill.py", *flags, preexec_fn=functools.partial(
@@ -440,7 +439,7 @@ def test_a_disk_that_is_too_small_is_noticed_before(micro, images, teacher, tmp_
     assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_file_system_without_modes(backbone, tmp_path, monkeypatch):
+def test_a_file_system_without_modes_takes_a_student(backbone, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "chmod", refuse)
@@ -462,7 +461,8 @@ def own_signals():
     (MemoryError(), 1, "memory"), (RuntimeError("can't allocate memory\nmore"), 1, "memory"),
     (OSError(5, "Input/output error", "some.png"), 1, "some.png"), (BrokenPipeError(), 1, ""),
     (KeyboardInterrupt(), 130, "continue with: python")])
-def test_errors_that_end_in_one_line(error, code, named, capfd, monkeypatch, own_signals):
+def test_what_a_user_can_cause_ends_in_one_line(error, code, named, capfd, monkeypatch,
+                                                own_signals):
     def main(args):
         raise error
     monkeypatch.setattr(os, "dup2", lambda *_: None)
@@ -480,7 +480,7 @@ def test_a_defect_keeps_its_traceback(own_signals):
 
 
 @pytest.mark.slow
-def test_a_clock_that_stands_still(micro, tmp_path, monkeypatch):
+def test_a_clock_that_stands_still_is_survived(micro, tmp_path, monkeypatch):
     for name in ("time", "perf_counter", "monotonic"):
         monkeypatch.setattr(time, name, lambda: 1000.0)
     run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,

@@ -20,8 +20,6 @@ from extras.anyup import AnyUp, TiledAttention
 from extras.lposs import (Lposs, best_synonyms, conjugate_gradients, patch_graph,
                           propagate_patches, read_settings)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---- LPOSS -----------------------------------------------------------------------------------
 
@@ -76,12 +74,12 @@ def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
 @pytest.mark.parametrize("text", [
     "k=0", "k=2.5", "k=x", "steps=0", "alpha=1", "alpha=-0.1", "gamma=nan", "sigma=inf",
     "lambda=1", "k", "=3"])
-def test_wrong_settings(text):
+def test_wrong_settings_are_named(text):
     with pytest.raises(UsageError, match=f"--lposs {text}: "):
         read_settings(["gamma=2", text])
 
 
-def test_settings():
+def test_settings_replace_the_defaults():
     assert read_settings([]) == Lposs()
     assert read_settings(["k=20", "sigma=2e-3"]) == Lposs(k=20, sigma=0.002)
 
@@ -184,7 +182,7 @@ def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backb
         assert (labels != other)[clear].any()
 
 
-def test_best_synonyms():
+def test_the_best_synonym_counts():
     similarities = torch.randn(4, 5, 6)
     expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
                             similarities[..., 4:].amax(-1)], -1)

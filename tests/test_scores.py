@@ -32,7 +32,7 @@ def test_scores_equal_scikit_learns(seed):
     assert abs(accuracy - 100 * (labels[kept] == predictions[kept]).mean()) < 1e-9
 
 
-def test_class_lists(tmp_path):
+def test_class_lists_are_read(tmp_path):
     assert read_classes("cat, grass | lawn,sky").names == [["cat"], ["grass", "lawn"], ["sky"]]
     file = tmp_path / "classes.txt"
     file.write_text("background\ncat, kitten\n sky \n")
@@ -51,7 +51,7 @@ def test_class_files_are_the_benchmarks():
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_class_file_encodings(tmp_path, encoding, end):
+def test_class_files_may_have_a_mark_and_other_line_ends(tmp_path, encoding, end):
     names = [["Straße", "Weg"], ["a\u2028b"], ["c\x0cd"]]
     text = "".join(", ".join(synonyms) + end for synonyms in names)
     (tmp_path / "classes.txt").write_bytes(text.encode(encoding))

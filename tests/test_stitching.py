@@ -1,15 +1,13 @@
 """Windows and stitching against a window-by-window loop in float64 (method.md, "Teacher")."""
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import (Stitcher, choose_window, cut_windows, encode_windows, stitched_features,
+from common import (Stitcher, cut_windows, encode_windows, stitched_features,
                     window_starts)
 from conftest import stitch_by_definition
-from data.files import UsageError
 from evaluate_ovs import PixelStitcher
 
 
@@ -86,14 +84,6 @@ def test_similarities_of_the_published_windows_equal_the_loop(size, window, stri
     assert (joined - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", [Stitcher.of_features, PixelStitcher])
-def test_a_missing_window_is_an_error(kind):
-    stitcher = kind((128, 128), (64, 64), 32, 16)
-    stitcher.add(torch.ones(8, 4, 4, 2))
-    with pytest.raises(AssertionError):
-        stitcher.result()
-
-
 def test_windows_cover_every_pixel_and_end_at_the_border():
     for length in range(64, 200, 16):
         for stride in (1, 7, 24, 64):
@@ -104,12 +94,6 @@ def test_windows_cover_every_pixel_and_end_at_the_border():
             assert covered.min() >= 1 and starts[0] == 0 and starts[-1] == length - 64
             assert starts == sorted(set(starts))
     assert window_starts(48, 64, 24) == [0]
-
-
-def test_windows_are_views():
-    image = torch.rand(3, 100, 120)
-    assert all(view.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
-               for view in cut_windows(image, (64, 64), 24))
 
 
 @torch.no_grad()
@@ -146,15 +130,3 @@ def test_batches_change_nothing(backbone, size):
         assert max(map(len, batches)) <= most and len(batches) == math.ceil(len(windows) / most)
         features = stitched_features(backbone, image, (64, 64), 24, batch_size=most)
         assert (features - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("window, stride, named", [
-    ((100, 100), 24, "window 100"),
-    ((8, 8), 4, "window 8"),
-    ((64, 64), 65, "stride 65"),
-    ((64, 64), -3, "stride -3"),
-])
-def test_impossible_windows_are_refused(window, stride, named):
-    backbone = SimpleNamespace(window=window, patch=16)
-    with pytest.raises(UsageError, match=named):
-        choose_window(backbone, None, stride)

@@ -157,7 +157,7 @@ def test_an_older_transformers_is_named(tipsv2, monkeypatch):
 @pytest.mark.parametrize("name, dim, image, text", [
     ("tipsv2-b", 768, 86, 110), ("tipsv2", 1024, 303, 184), ("tipsv2-so", 1152, 412, 448),
     ("tipsv2-g", 1536, 1100, 389)])
-def test_published_sizes(name, dim, image, text):
+def test_models_have_the_published_sizes(name, dim, image, text):
     """Millions of parameters, as published; no file is needed."""
     with torch.device("meta"):
         backbone = load_backbone(name, random_init=True, device="meta", text=True)
