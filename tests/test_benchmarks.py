@@ -21,8 +21,8 @@ from common import bilinear_strips, dense_features, label_strips
 from conftest import files, refusal, results, run, save_image
 from data.files import RunError
 from data.benchmarks import (BENCHMARKS, Classes, Dataset, Rule, Size, benchmark_classes,
-                             benchmark_rule, label_table, open_benchmark,
-                             read_label_ids, to_classes)
+                             benchmark_rule, label_table, open_benchmark, read_label_ids,
+                             to_classes)
 from data.journal import Journal
 from evaluate_ovs import Method, choose_rule, label_map
 
@@ -353,23 +353,17 @@ def test_bad_masks_stop_before_the_first_image(own, micro, array, options, messa
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prob-threshold", 0.2], "has none; give --background"),
-    (["--area-threshold", 0.2], "has none"),
-    (["--prob-threshold", 2, "--background", "wall"], "--prob-threshold.*at most 1"),
-    (["--background", "wall,,floor"], "background: an empty name"),
-    (["--short-side", 64, -1], "--short-side.*-1"),
-    (["--area", 0], "--area.*0"),
-    (["--area", 64, "--short-side", 64], "--short-side.*not allowed"),
-    (["--json", "out.txt"], "--json.*out.txt"),
-    (["--plot", "out.txt"], "--plot.*out.txt"),
-    (["--lposs", "alpha=1", "--refine", "lposs"], "alpha"),
-    (["--limit", 0], "--limit.*0"),
-    (["--lposs", "k=20"], "--lposs goes with --refine"),
-    (["--upsampler", "anyup", "--inference", "sliding-window"], "window"),
-    (["--dataset", "voc21"], "mutually exclusive"),
-])
+    ("--prob-threshold 0.2", "has none; give --background"), ("--area-threshold 0.2", "has none"),
+    ("--prob-threshold 2 --background wall", "--prob-threshold.*at most 1"),
+    ("--background wall,,floor", "background: an empty name"), ("--area 0", "--area.*0"),
+    ("--short-side 64 -1", "--short-side.*-1"), ("--limit 0", "--limit.*0"),
+    ("--area 64 --short-side 64", "--short-side.*not allowed"), ("--lposs k=20", "--refine"),
+    ("--json out.txt", "--json.*out.txt"), ("--plot out.txt", "--plot.*out.txt"),
+    ("--lposs alpha=1 --refine lposs", "alpha"), ("--dataset voc21", "mutually exclusive"),
+    ("--upsampler anyup --inference sliding-window", "window")])
 def test_a_call_that_cannot_work_is_named(own, micro, flags, message, capsys):
-    assert re.search(message, refusal(capsys, evaluate_ovs, *own, "--backbone", micro, *flags)[1])
+    flags = [*own, "--backbone", micro, *flags.split()]
+    assert re.search(message, refusal(capsys, evaluate_ovs, *flags)[1])
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -481,28 +475,27 @@ def test_an_interrupted_run_continues_exactly(own, micro, tmp_path, monkeypatch,
             for k in range(4)]
 
 
-@pytest.mark.slow
-def test_a_run_of_other_settings_is_not_continued(own, micro, tmp_path, monkeypatch):
-    def journal(*extra):
-        def begin(evaluation, *_):
-            raise KeyboardInterrupt(evaluation.journal.path)
-        monkeypatch.setattr(evaluate_ovs, "evaluate", begin)
-        with pytest.raises(KeyboardInterrupt) as begun:
-            evaluate(*own, "--backbone", micro, *extra)
-        return str(begun.value)
+def test_a_run_of_other_settings_is_not_continued(own, micro, monkeypatch, capsys):
+    flags = [*own, "--backbone", micro]
 
-    sliding, lposs = ["--inference", "sliding-window"], ["--refine", "lposs"]
-    paths = [journal(), journal("--short-side", 64), journal("--area", 64), journal("--limit", 3),
-             journal(*lposs), journal(*lposs, "--lposs", "k=30"), journal(*sliding),
-             journal(*sliding, *lposs), journal(*sliding, "--window", 48, "--stride", 32),
-             journal("--background", "wall"),
-             journal("--background", "wall", "--prob-threshold", 0.1),
-             journal("--classes", "cat, grass | lawn, skies")]
-    assert len(set(paths)) == len(paths) and journal() == paths[0]
-    # other rows may come and go, and so may what changes no number
-    assert journal("--refine", "none", "lposs") == journal("--workers", 1) == paths[0]
+    def interrupt():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(2, patch)  # the warm-up and one image
+            evaluate(*flags)
+
+    def continues(*extra):
+        capsys.readouterr()
+        evaluate(*flags, *extra)
+        return "continuing an unfinished run" in capsys.readouterr().out
+    interrupt()
+    for extra in ("--short-side 64", "--area 64", "--limit 3", "--background wall",
+                  "--background wall --prob-threshold 0.1", "--refine lposs",
+                  "--inference sliding-window --stride 32", "--classes a,b,c"):
+        assert not continues(*extra.split()), extra
+    assert continues("--workers", 1)  # which changes no number
+    interrupt()
     save_image(np.zeros((73, 90), np.uint8), own[3] / "3.png")
-    assert journal() != paths[0]
+    assert not continues()
 
 
 # ---- sweeps, own words -----------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_the_reason_why_tokens_are_not_stored_is_printed(teacher, tmp_path, monk
     assert "no block" in reason("--epochs", 1, "--train-blocks", "all")
     assert "--random-scale" in reason("--epochs", 1, "--random-scale", 1, 2)
     monkeypatch.setattr(distill, "free_bytes", lambda folder: 0)
-    assert " GB" in reason("--epochs", 2, "--batch-size", 20, "--lr", 1e-3)
+    assert " GB" in reason("--epochs", 2, "--batch-size", 20, "--train-blocks", 1)
     assert not list(tmp_path.rglob("*.npy"))
 
 

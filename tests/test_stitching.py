@@ -1,4 +1,5 @@
 """Windows and stitching against a window-by-window loop in float64 (method.md, "Teacher")."""
+import itertools
 import math
 
 import pytest
@@ -41,18 +42,21 @@ def in_strips(strip, height, ends):
     return torch.cat(parts, 1).permute(1, 2, 0)
 
 
-# sides in patches, of which one or both may be under the window's, and pixels of the output, None
-# for as many as the input's
-@pytest.mark.parametrize("grid, outputs", [
-    ((9, 12), (None, None)),
-    ((9, 12), (110, 233)),
-    ((3, 10), (70, None)),
-    ((2, 3), (None, None)),
-])
-@pytest.mark.parametrize("stride", [8, 12, 17, 24, 56, 128])
-@pytest.mark.parametrize("patch, window", [(16, (96, 96)), (16, (64, 96)), (14, (84, 84))])
-def test_similarities_at_pixel_resolution_equal_the_loop(grid, outputs, stride, patch, window):
-    stride = min(stride, *window)
+# patch and window; stride; sides in patches, of which one or both may be under the window's, and
+# pixels of the output, None for as many as the input's
+PIXELS = [*itertools.product(
+    [(16, (96, 96)), (16, (64, 96)), (14, (84, 84))],
+    [8, 12, 17, 24, 56, 64],
+    [((9, 12), (None, None)), ((9, 12), (110, 233)), ((3, 10), (70, None)),
+     ((2, 3), (None, None))])]
+PUBLISHED = [
+    ((16, (512, 512)), 24, ((34, 37), (408, 445))), ((16, (224, 224)), 112, ((21, 25), (252, 301))),
+    ((16, (512, 512)), 112, ((20, 38), (240, 457))), ((16, (512, 512)), 24, ((10, 13), (120, 157)))]
+
+
+@pytest.mark.parametrize("sizes, stride, image", PIXELS + PUBLISHED)
+def test_similarities_at_pixel_resolution_equal_the_loop(sizes, stride, image):
+    (patch, window), (grid, outputs) = sizes, image
     size = tuple(patch * cells for cells in grid)
     outputs = tuple(given or own for given, own in zip(outputs, size))
     maps = random_maps(size, window, stride, patch, 3)
@@ -66,22 +70,6 @@ def test_similarities_at_pixel_resolution_equal_the_loop(grid, outputs, stride, 
     anywhere = torch.randperm(outputs[0] - 1)[:5] + 1
     for ends in ([1, outputs[0] - 1], anywhere.tolist(), range(1, outputs[0])):
         assert (in_strips(strip, outputs[0], ends) - whole).abs().max() < 2e-6
-
-
-@pytest.mark.parametrize("size, window, stride", [
-    ((544, 592), 512, 24),
-    ((336, 400), 224, 112),
-    ((320, 608), 512, 112),
-    ((160, 208), 512, 24),
-])
-def test_similarities_of_the_published_windows_equal_the_loop(size, window, stride):
-    window, outputs = (window, window), (size[0] * 3 // 4, size[1] * 3 // 4 + 1)
-    maps = random_maps(size, window, stride, 16, 2)
-    stitcher = PixelStitcher(size, window, stride, 16)
-    stitcher.add(maps.float())
-    joined = in_strips(stitcher.strips(outputs), outputs[0], range(50, outputs[0], 50))
-    expected = stitch_by_definition(maps, size, window, stride, 1, outputs)
-    assert (joined - expected).abs().max() < 1e-5
 
 
 def test_windows_cover_every_pixel_and_end_at_the_border():
