@@ -475,6 +475,7 @@ def test_an_interrupted_run_continues_exactly(own, micro, tmp_path, monkeypatch,
             for k in range(4)]
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_not_continued(own, micro, monkeypatch, capsys):
     flags = [*own, "--backbone", micro]
 

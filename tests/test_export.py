@@ -51,11 +51,12 @@ def as_pil(image):
     return to_pil_image(torch.from_numpy(image).permute(2, 0, 1))
 
 
-# native by attention, mean and class token; timm by attention, rotary, NaFlex
+# native by attention, mean and class token; timm by attention and class token, rotary, NaFlex
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "coca", "clipa", "patch 14", "ViT-B-32-SigLIP2-256", "EVA02-B-16", "siglip2-naflex"])
+    "coca", "clipa", "patch 14", "ViT-B-32-SigLIP2-256", "MobileCLIP2-B", "EVA02-B-16",
+    "siglip2-naflex"])
 def test_a_file_gives_the_features_of_torch(name, tmp_path):
     if name in NATIVE:
         backbone = load_backbone(write_folder(tmp_path / "model", NATIVE[name]))

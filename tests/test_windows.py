@@ -40,10 +40,8 @@ def naive_tokens(backbone, image, block):
     return torch.cat([torch.stack(prefixes).mean(0), (patches / counts).flatten(0, 1)])
 
 
-# square, wide, tall and narrow; strides with much overlap, uneven and none
-@pytest.mark.parametrize("size, stride", [
-    ((64, 64), 32), ((112, 80), 16), ((48, 144), 32), ((80, 32), 32), ((112, 144), 48),
-    ((160, 96), 64)])
+@pytest.mark.parametrize("size", [(64, 64), (112, 80), (48, 144), (80, 32), (160, 208)])
+@pytest.mark.parametrize("stride", [16, 32, 48, 64])
 @torch.no_grad()
 def test_joined_tokens_are_the_mean_over_windows(micro, size, stride):
     backbone = load_backbone(micro)
@@ -121,6 +119,7 @@ def test_a_student_remembers_its_windows(windowed, student, photos, tmp_path):
                                                  loaded.visual.parameters()))
 
 
+@pytest.mark.slow
 def test_every_stage_follows_without_a_flag(windowed, photos, masks, tmp_path):
     data = ["--images", photos, "--masks", masks, "--classes", "cat, dog, sky", "--limit", 2]
     run(evaluate_ovs, "--checkpoint", windowed, "--compare", "--stride", 32, *data,
