@@ -264,19 +264,14 @@ def test_the_reason_why_tokens_are_not_stored_is_printed(teacher, tmp_path, monk
     assert "no block" in reason("--epochs", 1, "--train-blocks", "all")
     assert "--random-scale" in reason("--epochs", 1, "--random-scale", 1, 2)
     monkeypatch.setattr(distill, "free_bytes", lambda folder: 0)
-    assert " GB" in reason("--epochs", 2, "--batch-size", 20, "--train-blocks", 1)
-    assert not list(tmp_path.rglob("*.npy"))
-
-
-def test_tokens_beyond_float16_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
-    """They are not stored unless a folder is given; then the run stops, and says what helps."""
+    flags = ["--epochs", 2, "--batch-size", 20, "--train-blocks", 1]
+    assert " GB" in reason(*flags)
     tokens = distill.frozen_tokens
     monkeypatch.setattr(distill, "frozen_tokens", lambda *args: 1e6 * tokens(*args))
-    flags = ["--teacher", teacher, "--epochs", 2, "--batch-size", 20]
-    run(distill, *flags, "--out", tmp_path / "auto")
-    assert "too close to the largest float16" in capsys.readouterr().out
-    with pytest.raises(RunError, match="--cache-frozen off"):
-        run(distill, *flags, "--out", tmp_path / "folder", "--cache-frozen", tmp_path / "tokens")
+    assert "too close to the largest float16" in reason(*flags, "--seed", 1)
+    assert not list(tmp_path.rglob("*.npy"))
+    with pytest.raises(RunError, match="--cache-frozen off"):  # where a folder is given
+        reason(*flags, "--cache-frozen", tmp_path / "tokens", "--seed", 1, "--lr", 1e-3)
 
 
 # ---- several processes, interruptions --------------------------------------------------------

@@ -24,7 +24,6 @@ from conftest import (MICRO, SMALL, Malicious, changed_parameters, command, copy
                       files, finish, losses, refusal, run)
 
 
-
 @pytest.fixture
 def images(photos, tmp_path):
     """Three small images of one's own: a folder."""

@@ -167,6 +167,7 @@ def test_every_exif_orientation_is_undone(tmp_path, orientation):
 @pytest.mark.parametrize("exif", [
     b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0",  # a text
     b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0nothing", b"\0"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_turns_nothing(tmp_path, exif):
     path = tmp_path / "0.jpg"
     Image.new("RGB", (80, 70)).save(path, exif=exif)
