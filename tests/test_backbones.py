@@ -14,64 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from common import (DINOV3, DinoTxt, dense_features, embed_texts, load_backbone,
                     resize_positions, segment)
 from data.files import RunError, UsageError
-from conftest import MICRO, ROOT
+from conftest import (MICRO, NATIVE, PREPROCESSING, ROOT, assert_equals_timm, bicubic, shaken,
+                      write_folder)
 from time_inference import count_flops
 
 
-def shaken(backbone):
-    """Random initialisation leaves biases and class tokens near zero; larger values make mistakes
-    visible. (open_clip leaves the last projection of a CoCa's decoder uninitialised: NaN at times.)
-    """
-    torch.manual_seed(1)
-    for parameter in backbone.parameters():
-        parameter.data.nan_to_num_(0, 0, 0).clamp_(-9, 9).add_(0.02 * torch.randn_like(parameter))
-    return backbone
-
-
-# SigLIP's images are squashed to a square, not cropped, when plain open_clip embeds them
-PREPROCESSING = {"resize_mode": "squash", "interpolation": "bilinear"}
-
-
-def write_folder(folder, vision, **config):
-    """Write an open_clip folder with random weights. vision overrides MICRO's tower, or replaces
-    it by a timm one."""
-    tower = vision if "timm_model_name" in vision else MICRO["model_cfg"]["vision_cfg"] | vision
-    config = {"model_cfg": MICRO["model_cfg"] | {"vision_cfg": tower} | config,
-              "preprocess_cfg": MICRO["preprocess_cfg"] | PREPROCESSING}
-    folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = shaken(open_clip.create_model(f"local-dir:{folder}", load_weights=False,
-                                          pretrained_text=False))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
-
-
-def bicubic(table, grid, new_grid):
-    image = table.T.reshape(1, -1, *grid)
-    return F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False,
-                         antialias=False).flatten(2)[0].T
-
-
 # ---- image towers ---------------------------------------------------------------------------
-
-NATIVE = {
-    "clipa": {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True},
-    "avg": {"pool_type": "avg"},
-    "coca": {"attentional_pool": True, "attn_pooler_heads": 2},
-    "class token": {},
-    "rectangle": {"image_size": [48, 96]},
-    "patch 14": {"patch_size": 14, "image_size": 56},
-    "layer scale": {"ls_init_value": 0.1},
-}
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", NATIVE)
@@ -100,49 +55,10 @@ def test_native_towers_equal_open_clips_modules(case, tmp_path):
                               atol=2e-5 * expected.abs().max())
 
 
-def timm_reference(visual, images, grid):
-    """timm's own forward pass at the size of the images, with each patch then pooled as if it were
-    the only one: (B, n, D)."""
-    visual = copy.deepcopy(visual)
-    trunk, prefix = visual.trunk, visual.trunk.num_prefix_tokens
-    if hasattr(trunk, "patch_embed"):  # NaFlex towers take any size as they are
-        table, native = trunk.pos_embed, trunk.patch_embed.grid_size
-        visual.set_input_size(tuple(images.shape[-2:]))
-        if table is not None:
-            own = 0 if trunk.no_embed_class else prefix
-            trunk.pos_embed = nn.Parameter(torch.cat(
-                [table[:, :own], bicubic(table[0, own:], native, grid)[None]], 1))
-    if trunk.global_pool == "token":
-        count = prefix + grid[0] * grid[1]
-        alone = torch.full((count, count), float("-inf")).fill_diagonal_(0)
-        trunk.blocks[-1].register_forward_pre_hook(
-            lambda block, args, kwargs: (args, {**kwargs, "attn_mask": alone}), with_kwargs=True)
-    tokens = trunk.forward_features(images)
-    patches = tokens[:, prefix:].flatten(0, 1)[:, None]
-    if trunk.global_pool == "avg" and prefix:
-        patches = torch.cat([tokens[:, :prefix].repeat_interleave(grid[0] * grid[1], 0), patches],
-                            1)
-    return visual.head(trunk.forward_head(patches)).unflatten(0, (len(images), -1))
-
-
-def assert_equals_timm(backbone):
-    """Compare the first blocks' features with timm's at the native grid and at others."""
-    shaken(backbone)
-    del backbone.blocks[4:]
-    native = tuple(side // backbone.patch for side in backbone.window or (128, 128))
-    for grid in (native, (5, 9), (3, 2), (1, 1)):
-        images = torch.randn(1, 3, *(backbone.patch * side for side in grid))
-        features = backbone.encode_dense(images)
-        assert features.shape == (1, *grid, backbone.dim)
-        expected = timm_reference(backbone.visual, images, grid)
-        assert torch.allclose(features.flatten(1, 2), expected, atol=2e-5 * expected.abs().max())
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", [
-    "siglip2", "ViT-B-16-SigLIP-384", "ViT-B-32-SigLIP2-256", "MobileCLIP2-B",
-    "vit_medium_patch16_gap_256", "ViTamin-S"])
+    "siglip2", "MobileCLIP2-B", "vit_medium_patch16_gap_256", "ViTamin-S"])
 def test_timm_towers_equal_timms_modules(name):
     assert_equals_timm(load_backbone(name, random_init=True))
 
@@ -152,9 +68,7 @@ def test_timm_towers_equal_timms_modules(name):
 @pytest.mark.parametrize("grid", [(4, 9), (12, 3), (7, 13), (1, 1), (9, 4), (2, 18)])
 def test_positions_are_interpolated_by_size(grid):
     table = torch.randn(36, 8)
-    expected = F.interpolate(table.T.reshape(1, 8, 6, 6), size=grid, mode="bicubic",
-                             align_corners=False, antialias=False)[0].flatten(1).T
-    assert torch.equal(resize_positions(table, (6, 6), grid), expected)
+    assert torch.equal(resize_positions(table, (6, 6), grid), bicubic(table, (6, 6), grid))
     assert resize_positions(table, (6, 6), (6, 6)) is table
 
 
@@ -243,39 +157,39 @@ def test_tokenizers_that_would_feed_garbage_are_refused(file, change, is_fine, s
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("tower", ["native", "timm"])
-def test_student_folder_is_plain_open_clip(tower, micro, siglip, tmp_path):
-    """A student that was loaded without text, in a process that does not know this repository:
+def test_student_folders_are_plain_open_clip(micro, siglip, tmp_path):
+    """Students that were loaded without text, in a process that does not know this repository:
     equal image and text features, and the same preprocessing."""
-    source = {"native": micro, "timm": siglip}[tower]
-    student = shaken(load_backbone(source))
-    student.save(tmp_path / "student")
-    saved = json.loads((tmp_path / "student" / "open_clip_config.json").read_text())
-    expected = MICRO["preprocess_cfg"] | (PREPROCESSING if tower == "timm" else {})
-    assert expected.items() <= saved["preprocess_cfg"].items()
-    images = torch.randn(2, 3, *student.window)
-    torch.save(images, tmp_path / "images.pt")
     script = """
 import torch, open_clip
-model = open_clip.create_model('local-dir:student')
-model.eval()
-tokens = open_clip.get_tokenizer('local-dir:student')(['a cat'])
-with torch.no_grad():
-    out = model.encode_image(torch.load('images.pt')), model.encode_text(tokens)
-torch.save(out, 'out.pt')
+for name in ('native', 'timm'):
+    model = open_clip.create_model(f'local-dir:{name}').eval()
+    tokens = open_clip.get_tokenizer(f'local-dir:{name}')(['a cat'])
+    with torch.no_grad():
+        out = model.encode_image(torch.load(f'{name}.pt')), model.encode_text(tokens)
+    torch.save(out, f'{name}-out.pt')
 """
+    sources, students = {"native": micro, "timm": siglip}, {}
+    for name, source in sources.items():
+        students[name] = shaken(load_backbone(source))
+        students[name].save(tmp_path / name)
+        torch.save(torch.randn(2, 3, *students[name].window), tmp_path / f"{name}.pt")
     subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, check=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
-    image_features, text_features = torch.load(tmp_path / "out.pt")
-    teacher = load_backbone(source, text=True)
-    teacher.visual.load_state_dict(student.visual.state_dict())
-    assert torch.equal(image_features, teacher.model.encode_image(images))
-    assert torch.equal(
-        text_features, teacher.model.encode_text(open_clip.get_tokenizer(source)(["a cat"])))
-    again = load_backbone(tmp_path / "student", text=True)
-    assert torch.equal(again.encode_dense(images), student.encode_dense(images))
-    assert torch.equal(embed_texts(again, ["cat"]), embed_texts(teacher, ["cat"]))
+    for name, source in sources.items():
+        saved = json.loads((tmp_path / name / "open_clip_config.json").read_text())
+        expected = MICRO["preprocess_cfg"] | (PREPROCESSING if name == "timm" else {})
+        assert expected.items() <= saved["preprocess_cfg"].items()
+        image_features, text_features = torch.load(tmp_path / f"{name}-out.pt")
+        images, tokens = torch.load(tmp_path / f"{name}.pt"), open_clip.get_tokenizer(source)
+        teacher = load_backbone(source, text=True)
+        teacher.visual.load_state_dict(students[name].visual.state_dict())
+        assert torch.equal(image_features, teacher.model.encode_image(images))
+        assert torch.equal(text_features, teacher.model.encode_text(tokens(["a cat"])))
+        again = load_backbone(tmp_path / name, text=True)
+        assert torch.equal(again.encode_dense(images), students[name].encode_dense(images))
+        assert torch.equal(embed_texts(again, ["cat"]), embed_texts(teacher, ["cat"]))
 
 
 @torch.no_grad()
@@ -334,6 +248,15 @@ def test_random_init_of_a_hub_model_fetches_its_configuration_alone(tmp_path, mo
     assert fetched == [("nobody/micro", "open_clip_config.json")]
 
 
+@pytest.mark.parametrize("name, repository", [
+    ("hf-hub:nobody/nothing", "nobody/nothing"),
+    ("openclip", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K")])
+def test_without_network_the_way_out_is_named(name, repository, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match=f"huggingface.co/{repository}.*local-dir:FOLDER"):
+        load_backbone(name)
+
+
 @pytest.mark.parametrize("error, reason", [
     (RuntimeError("401 Client Error. Cannot access gated repo for url"), "accept its licence"),
     (OSError(28, "No space left on device"), "No space left")])
@@ -363,14 +286,6 @@ def test_unknown_and_unsuitable_backbones_are_refused(tmp_path):
             load_backbone(name)
     with pytest.raises(RunError, match="open_clip_config.json"):
         load_backbone(f"local-dir:{tmp_path}")
-
-
-def test_without_network_the_way_out_is_named(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, repository in (("hf-hub:nobody/nothing", "nobody/nothing"),
-                             ("openclip", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K")):
-        with pytest.raises(RunError, match=f"huggingface.co/{repository}.*local-dir:FOLDER"):
-            load_backbone(name)
 
 
 # ---- DINOv3.txt -----------------------------------------------------------------------------

@@ -1,30 +1,19 @@
 """Distillation: what each variant trains, its losses, frozen blocks computed once, several
 processes, interruptions."""
-import copy
-import itertools
-import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import distill
 import extract_teacher
 from common import load_backbone, start_runtime
 from data.files import RunError, UsageError, read_index, read_lines
-from conftest import ROOT, SMALL, files, run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from conftest import SMALL, changed_parameters, files, losses, run, weights
 
 RECIPE = ["--epochs", "4", "--lr", "1e-3", "--save-every", "7"]
 
@@ -45,25 +34,14 @@ def tokens(whole):
     return ["--cache-frozen", whole.parent / "tokens"]
 
 
-def weights(folder):
-    return load_file(Path(folder) / "open_clip_model.safetensors")
-
-
-def pretrained(micro):
-    return weights(micro.removeprefix("local-dir:"))
-
-
-def losses(folder):
-    return [(entry["step"], entry["epoch"], entry["loss"], entry["lr"])
-            for entry in read_lines(folder / "log.jsonl")]
-
-
 def saved_step(folder):
     return torch.load(folder / "training_state.pt", weights_only=True)["step"]
 
 
 def assert_same_training(one, other):
-    assert losses(one) == losses(other)
+    for kind in ("step", "epoch", "loss", "lr"):
+        assert ([entry[kind] for entry in read_lines(one / "log.jsonl")]
+                == [entry[kind] for entry in read_lines(other / "log.jsonl")])
     assert ((one / "open_clip_model.safetensors").read_bytes()
             == (other / "open_clip_model.safetensors").read_bytes())
 
@@ -98,7 +76,7 @@ EXPECTED = {  # of the last block, and of the tower
 
 
 @pytest.mark.parametrize("family, only", EXPECTED)
-def test_parts_of_timm_towers(family, only):
+def test_parts_of_timm_towers_that_are_trained(family, only):
     trunk = towers()[family].requires_grad_(False)
     backbone = SimpleNamespace(blocks=trunk.blocks, visual=torch.nn.ModuleDict({"trunk": trunk}))
     in_blocks = only in ("qkv", "mlp")
@@ -126,12 +104,19 @@ def test_a_part_that_is_not_there_is_refused():
       for part in ("c_fc", "c_proj") for kind in ("weight", "bias")}),
     (["--train-only", "patch-embed"], {"conv1.weight"}),
     (["--train-only", "pos-embed"], {"positional_embedding"}),
+    (["--train-blocks", 1], "transformer.resblocks.2"),
+    (["--train-blocks", 3], "transformer"),
+    (["--train-blocks", "all"], ""),
 ])
-def test_train_only(teacher, micro, tmp_path, flags, changed):
-    run(distill, "--teacher", teacher, "--out", tmp_path, "--epochs", 1, "--lr", 1e-3, *flags)
-    before, after = pretrained(micro), weights(tmp_path)
-    assert ({key for key in before if not torch.equal(before[key], after[key])}
-            == {f"visual.{name}" for name in changed})
+def test_only_the_chosen_parameters_are_trained(teacher, micro, tmp_path, flags, changed):
+    """changed: their names in the image tower, or what these begin with."""
+    run(distill, "--teacher", teacher, "--out", tmp_path, "--epochs", 1, "--lr", 1e-3,
+        "--cache-frozen", "off", *flags)
+    if isinstance(changed, str):
+        expected = {name for name in weights(micro) if name.startswith(f"visual.{changed}")}
+    else:
+        expected = {f"visual.{name}" for name in changed}
+    assert changed_parameters(micro, tmp_path) == expected
 
 
 def test_the_default_recipe_is_the_papers():
@@ -161,7 +146,7 @@ def test_training_is_a_plain_loop(teacher, micro, tmp_path):
         assert torch.equal(student[f"visual.{name}"], parameter), name
 
 
-def test_similarity_loss(teacher, tmp_path):
+def test_similarities_to_class_names_can_be_distilled(teacher, tmp_path):
     rng = torch.Generator().manual_seed(0)
     features, target, texts = (torch.randn(*shape, generator=rng)
                                for shape in ((3, 5, 24), (3, 5, 24), (7, 24)))
@@ -173,12 +158,11 @@ def test_similarity_loss(teacher, tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ngrass, lawn\nsky\n")
     run(distill, "--teacher", teacher, "--out", tmp_path / "spar", "--epochs", 3, "--lr", 1e-3,
         "--loss", "similarity", "--classes", tmp_path / "classes.txt", "--cache-frozen", "off")
-    mean = [np.mean([loss for _, epoch, loss, _ in losses(tmp_path / "spar") if epoch == k])
-            for k in (0, 2)]
-    assert mean[1] < 0.9 * mean[0]
+    log = losses(tmp_path / "spar")
+    assert np.mean(log[-20:]) < 0.9 * np.mean(log[:20])
 
 
-def test_multi_resolution_distillation(micro, photos, tmp_path):
+def test_images_are_rescaled_anew_in_each_epoch(micro, photos, tmp_path):
     """Every image is rescaled anew in each epoch, and maps are compared on the teacher's grid."""
     run(extract_teacher, "--images", photos, "--out", tmp_path / "single", "--backbone", micro,
         *SMALL, "--stride", 0)
@@ -195,7 +179,7 @@ def test_multi_resolution_distillation(micro, photos, tmp_path):
             == pytest.approx(((resized - target) ** 2).mean().item(), rel=1e-5))
 
 
-def test_random_factors(teacher):
+def test_random_scales_cover_their_range(teacher):
     recipe = distill.Recipe(epochs=8, random_scale=[0.5, 2])
     folder, areas = distill.Teacher(teacher), {}
     for batch in distill.batches(folder, None, recipe, start_runtime("cpu"), 0, workers=2):
@@ -215,7 +199,7 @@ def test_random_factors(teacher):
     (["--classes", "cat, dog"], "--loss similarity"),
     (["--random-scale", 2, 1], "LO <= HI"),
 ])
-def test_wrong_flags(teacher, tmp_path, flags, message):
+def test_a_flag_that_cannot_work_is_named(teacher, tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         run(distill, "--teacher", teacher, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -236,28 +220,28 @@ def test_stored_tokens_change_nothing_but_their_rounding(whole, teacher, micro, 
     """float16 keeps 11 bits: the first loss is the same to 1e-4 of itself, all 80 to 1e-3, and
     the weights to 2 % of the way they moved."""
     run(distill, "--teacher", teacher, "--out", tmp_path, *RECIPE, "--cache-frozen", "off")
-    stored, computed = (np.array([loss for _, _, loss, _ in losses(folder)])
-                        for folder in (whole, tmp_path))
+    stored, computed = (np.array(losses(folder)) for folder in (whole, tmp_path))
     difference = np.abs(stored / computed - 1)
     assert len(stored) == 80 and 0 < difference[0] < 1e-4 and difference.max() < 1e-3
-    start, stored, computed = pretrained(micro), weights(whole), weights(tmp_path)
+    start, stored, computed = weights(micro), weights(whole), weights(tmp_path)
     moved = sum((computed[key] - start[key]).square().sum() for key in start).sqrt()
     apart = sum((computed[key] - stored[key]).square().sum() for key in start).sqrt()
     assert 0 < apart < 0.02 * moved
 
 
-def test_later_epochs_and_runs_read_the_tokens_instead_of_images(whole, teacher, tokens, tmp_path,
-                                                                 monkeypatch):
+def test_later_runs_read_the_tokens_instead_of_images(whole, teacher, tokens, tmp_path,
+                                                      monkeypatch):
+    """And a training that is finished is not begun again."""
     assert len(list(tokens[1].rglob("*.npy"))) == 20 and not list(tokens[1].rglob(".tmp*"))
     decoded, image = [], distill.Teacher.image
     monkeypatch.setattr(distill.Teacher, "image", lambda *args: decoded.append(1) or image(*args))
-    run(distill, "--teacher", teacher, "--out", tmp_path / "found", *RECIPE, *tokens)
+    flags = ["--teacher", teacher, "--out", tmp_path, *RECIPE, *tokens]
+    run(distill, *flags)
     assert len(decoded) == 1  # to learn how many tokens there are
-    assert_same_training(whole, tmp_path / "found")
-    run(distill, "--teacher", teacher, "--out", tmp_path / "made", *RECIPE,
-        "--cache-frozen", tmp_path / "tokens")
-    assert len(decoded) == 1 + 1 + 20
-    assert_same_training(whole, tmp_path / "made")
+    assert_same_training(whole, tmp_path)
+    before = files(tmp_path)
+    run(distill, *flags)
+    assert files(tmp_path) == before
 
 
 def test_tokens_of_other_settings_lie_apart(whole, teacher, tokens, tmp_path):
@@ -270,7 +254,7 @@ def test_tokens_of_other_settings_lie_apart(whole, teacher, tokens, tmp_path):
         run(distill, "--teacher", teacher, "--out", whole, *RECIPE, "--cache-frozen", "off")
 
 
-def test_why_tokens_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
+def test_the_reason_why_tokens_are_not_stored_is_printed(teacher, tmp_path, monkeypatch, capsys):
     def reason(*flags):
         run(distill, "--teacher", teacher, "--out", tmp_path / str(len(flags)), *flags)
         (line,) = [line for line in capsys.readouterr().out.splitlines()
@@ -280,168 +264,39 @@ def test_why_tokens_are_not_stored(teacher, tmp_path, monkeypatch, capsys):
     assert "no block" in reason("--epochs", 1, "--train-blocks", "all")
     assert "--random-scale" in reason("--epochs", 1, "--random-scale", 1, 2)
     monkeypatch.setattr(distill, "free_bytes", lambda folder: 0)
-    assert " GB" in reason("--epochs", 2, "--batch-size", 20, "--lr", 1e-3)
-    assert not list(tmp_path.rglob("*.npy"))
-
-
-def test_tokens_beyond_float16(teacher, tmp_path, monkeypatch, capsys):
-    """They are not stored unless a folder is given; then the run stops, and says what helps."""
+    flags = ["--epochs", 2, "--batch-size", 20, "--train-blocks", 1]
+    assert " GB" in reason(*flags)
     tokens = distill.frozen_tokens
     monkeypatch.setattr(distill, "frozen_tokens", lambda *args: 1e6 * tokens(*args))
-    flags = ["--teacher", teacher, "--epochs", 2, "--batch-size", 20]
-    run(distill, *flags, "--out", tmp_path / "auto")
-    assert "too close to the largest float16" in capsys.readouterr().out
-    with pytest.raises(RunError, match="--cache-frozen off"):
-        run(distill, *flags, "--out", tmp_path / "folder", "--cache-frozen", tmp_path / "tokens")
-
-
-def test_frozen_blocks_keep_no_gradients(backbone):
-    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    for first in (0, 2, None):
-        student = distill.Student(copy.deepcopy(backbone), first, [], None)
-        for parameter in student.backbone.visual.parameters():
-            parameter.requires_grad_(True)
-        tokens = distill.frozen_tokens(student, image)
-        assert tokens.requires_grad == (first is None)
-        features = student.backbone.run_blocks(tokens, (4, 6), start=first or 0)
-        assert torch.equal(student.backbone.project(features, (4, 6)),
-                           backbone.encode_dense(backbone.normalise(image)[None]))
-
-
-def test_a_disk_that_is_too_small_for_tokens_is_noticed_before(teacher, tmp_path, monkeypatch):
-    import data.files
-    monkeypatch.setattr(data.files, "free_bytes", lambda folder: 1000)
-    with pytest.raises(RunError, match="tokens"):
-        run(distill, "--teacher", teacher, "--out", tmp_path / "spar",
-            "--cache-frozen", tmp_path / "tokens")
-    with pytest.raises(RunError, match="training states"):
-        run(distill, "--teacher", teacher, "--out", tmp_path / "spar", "--cache-frozen", "off")
-    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.pt"))
+    assert "too close to the largest float16" in reason(*flags, "--seed", 1)
+    assert not list(tmp_path.rglob("*.npy"))
+    with pytest.raises(RunError, match="--cache-frozen off"):  # where a folder is given
+        reason(*flags, "--cache-frozen", tmp_path / "tokens", "--seed", 1, "--lr", 1e-3)
 
 
 # ---- several processes, interruptions --------------------------------------------------------
 
-# Imports once and forks what is asked for, so that ten interruptions take seconds; the command
-# lines themselves run in test_stages.py.
-SERVER = """
-import json, os, signal, sys, time
-import matplotlib.pyplot, open_clip, timm, torch
-import common, distill, extract_teacher
-print("ready", flush=True)
-for line in sys.stdin:
-    job, pids = json.loads(line), []
-    for rank in range(job["world"]):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            output = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1), os.dup2(output, 2)
-            sys.argv = [job["stage"] + ".py", *job["flags"]]
-            if job["world"] > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank),
-                                  WORLD_SIZE=str(job["world"]),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-            stage = sys.modules[job["stage"]]
-            try:
-                common.run_stage(stage.main, stage.parse_args(job["flags"]))
-            except SystemExit as leaving:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(leaving.code)
-    if job["signal"]:
-        def lines():
-            return open(job["lines"]).read().count("\\n") if os.path.exists(job["lines"]) else 0
-        while (os.waitid(os.P_PID, pids[-1], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-               and lines() < job["count"]):
-            time.sleep(0.002)
-        time.sleep(job["after"])
-        os.kill(pids[-1], job["signal"])
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]),
-          flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory):
-    """A function that runs a stage in `world` new processes, and returns their exit codes and
-    outputs. The last process gets a signal `after` seconds after `lines` holds `count` lines."""
-    log = tmp_path_factory.mktemp("forks") / "output"
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert server.stdout.readline() == "ready\n"
-
-    def fork(stage, flags, world=1, number=0, after=0.0, lines=None, count=3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        job = {"stage": stage, "flags": [str(flag) for flag in flags], "world": world,
-               "signal": number, "after": after, "lines": str(lines) if lines else None,
-               "count": count, "log": str(log), "port": port}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return codes, [Path(f"{log}.{rank}").read_text() for rank in range(world)]
-
-    yield fork
-    server.stdin.close()
-    server.wait(timeout=60)
-
-
 @pytest.mark.slow
-def test_killed_ten_times_at_random_moments(fork, whole, teacher, tmp_path):
-    """SIGKILL and the same command again: the weights and the log of the uninterrupted run, bit
-    for bit. Tokens are stored meanwhile."""
-    flags = ["--teacher", teacher, "--out", tmp_path / "spar", *RECIPE,
-             "--cache-frozen", tmp_path / "tokens"]
-    rng, log, reached = random.Random(0), tmp_path / "spar" / "log.jsonl", []
-    for _ in range(10):
+def test_a_training_interrupted_at_random_moments_ends_the_same(fork, whole, teacher, tmp_path):
+    """SIGKILL, SIGTERM and SIGINT, each time the same command again: the weights and the log of
+    the uninterrupted run, bit for bit. Tokens are stored meanwhile."""
+    out = tmp_path / "spar"
+    flags = ["--teacher", teacher, "--out", out, *RECIPE, "--cache-frozen", tmp_path / "tokens"]
+    rng, log = random.Random(0), out / "log.jsonl"
+    for _ in range(6):
         # at once, if the process before got there
-        count = (reached[-1] if reached else 0) + rng.randrange(-2, 12)
-        fork("distill", flags, number=signal.SIGKILL, after=rng.uniform(0, 0.03), lines=log,
+        count = len(read_lines(log)) + rng.randrange(-2, 9)
+        fork("distill", flags, number=signal.SIGKILL, after=rng.uniform(0, 0.03), watched=log,
              count=count)
-        reached.append(len(read_lines(log)))
-    codes, (output,) = fork("distill", flags)
-    assert codes == [0], output
-    print(f"steps done at the ten kills: {reached}")
-    assert_same_training(whole, tmp_path / "spar")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_says_how_to_continue(fork, whole, teacher, tokens, tmp_path, number):
-    flags = ["--teacher", teacher, "--out", tmp_path, *RECIPE, *tokens]
-    codes, (output,) = fork("distill", flags, number=number, lines=tmp_path / "log.jsonl",
-                            count=9)
-    done = saved_step(tmp_path)
-    assert codes == [130] and done % 7 == 0 and "Traceback" not in output
-    assert f"continue with: python distill.py --teacher {teacher} --out {tmp_path}" in output
+    for number in (signal.SIGTERM, signal.SIGINT):
+        codes, (output,) = fork("distill", flags, number=number, watched=log,
+                                count=len(read_lines(log)) + 5)
+        assert codes == [130] and "Traceback" not in output
+        assert f"continue with: python distill.py --teacher {teacher} --out {out}" in output
+    done = saved_step(out)
     codes, (output,) = fork("distill", flags)
     assert codes == [0] and f"continuing after step {done}" in output
-    assert_same_training(whole, tmp_path)
-
-
-def test_a_state_is_saved_every_five_minutes(teacher, whole, tokens, tmp_path, monkeypatch):
-    minutes, append = itertools.count(), distill.append_lines
-
-    def interrupted(path, *entries):
-        append(path, *entries)
-        if entries[-1]["step"] == 5:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(distill, "time", SimpleNamespace(time=lambda: 180.0 * next(minutes)))
-    flags = ["--teacher", teacher, "--out", tmp_path, *RECIPE, *tokens]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "append_lines", interrupted)
-        run(distill, *flags)
-    assert len(losses(tmp_path)) == 5 and 0 < saved_step(tmp_path) < 5
-    run(distill, *flags)
-    assert_same_training(whole, tmp_path)
-
-
-def test_a_finished_training_is_not_trained_again(teacher, whole, tokens, tmp_path, capsys):
-    run(distill, "--teacher", teacher, "--out", tmp_path, *RECIPE, *tokens)
-    before = files(tmp_path)
-    run(distill, "--teacher", teacher, "--out", tmp_path, *RECIPE, *tokens)
-    assert "already trained, 80 of 80 steps" in capsys.readouterr().out
-    assert files(tmp_path) == before
+    assert_same_training(whole, out)
 
 
 @pytest.mark.slow
@@ -457,7 +312,7 @@ def test_two_processes_train_as_one_does_on_batches_of_two(fork, teacher, tokens
     for name, number, code in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 130)):
         again = [*flags, "--out", tmp_path / name]
         codes, outputs = fork("distill", again, world=2, number=number,
-                              lines=tmp_path / name / "log.jsonl")
+                              watched=tmp_path / name / "log.jsonl")
         assert codes == [1, code] and "Traceback" not in outputs[0]
         assert outputs[0].count("error: ") == 1
         assert fork("distill", again, world=2)[0] == [0, 0]

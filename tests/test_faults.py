@@ -20,20 +20,14 @@ import extract_teacher
 import time_inference
 from common import load_backbone
 from data.files import RunError, UsageError, atomic_path, read_index, read_lines
-from conftest import MICRO, SMALL, command, extract, files, finish, run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-STAGES = {stage.__name__: stage
-          for stage in (extract_teacher, distill, evaluate_ovs, time_inference)}
+from conftest import (MICRO, SMALL, Malicious, changed_parameters, command, copy_files, extract,
+                      files, finish, losses, refusal, run)
 
 
 @pytest.fixture
 def images(photos, tmp_path):
     """Three small images of one's own: a folder."""
-    (tmp_path / "images").mkdir()
-    for k in range(3):
-        shutil.copy(photos / f"{k}.png", tmp_path / "images")
-    return tmp_path / "images"
+    return copy_files(photos, tmp_path / "images", "0.png", "1.png", "2.png")
 
 
 @pytest.fixture
@@ -47,15 +41,6 @@ def train(teacher, out, *flags):
     run(distill, "--teacher", teacher, "--out", out, "--epochs", 1, "--lr", 1e-3, *flags)
 
 
-def losses(out):
-    return [entry["loss"] for entry in read_lines(out / "log.jsonl")]
-
-
-def same_student(one, other):
-    name = "open_clip_model.safetensors"
-    return (one / name).read_bytes() == (other / name).read_bytes()
-
-
 def error_line(process, code):
     """Return the one line with which a command fails; a progress bar may stand beside it."""
     output = finish(process, code)
@@ -63,22 +48,6 @@ def error_line(process, code):
     line, *more = output.partition("error: ")[2].splitlines()
     assert not any("error: " in text for text in more)
     return line
-
-
-def refusal(capsys, stage, *flags):
-    """Return the exit code and the one line with which a stage ends."""
-    try:
-        run(STAGES[stage], *flags)
-    except UsageError as error:
-        code, line = 2, str(error)
-    except RunError as error:
-        code, line = 1, str(error)
-    except SystemExit as leaving:
-        code, line = leaving.code, capsys.readouterr().err.rstrip("\n")
-    else:
-        pytest.fail("it was not refused")
-    assert "\n" not in line
-    return code, line
 
 
 # ---- foreign code and foreign paths ----------------------------------------------------------
@@ -101,7 +70,7 @@ def test_a_model_folder_runs_no_code_of_its_own(place, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_configuration_of_a_million_layers(tmp_path):
+def test_a_configuration_of_a_million_layers_is_refused(tmp_path):
     config = json.loads(json.dumps(MICRO))
     config["model_cfg"]["vision_cfg"]["layers"] = 10 ** 6
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -112,32 +81,31 @@ def test_a_configuration_of_a_million_layers(tmp_path):
 # ---- flags and calls that cannot work --------------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
-    ("extract_teacher", "--limit -1"), ("extract_teacher", "--limit 0"),
-    ("extract_teacher", "--versions 0"), ("extract_teacher", "--batch-size 0"),
-    ("extract_teacher", "--crop-prob 7"), ("extract_teacher", "--crop-prob nan"),
-    ("extract_teacher", "--flip-prob -1"), ("extract_teacher", "--images="),
-    ("extract_teacher", "--ratio inf inf"), ("extract_teacher", "--device meta"),
-    ("extract_teacher", "--min-side 0"), ("extract_teacher", "--stride -1"),
-    ("extract_teacher", "--shard 3/2"), ("extract_teacher", "--shard x"),
-    ("extract_teacher", "--stride 65 --backbone MICRO"),
-    ("extract_teacher", "--window 50 --backbone MICRO"), ("extract_teacher", "--backbone none"),
-    ("distill", "--lr inf"), ("distill", "--lr 0"), ("distill", "--weight-decay inf"),
-    ("distill", "--save-every 0"), ("distill", "--random-scale inf inf"),
-    ("distill", "--random-scale 1001 1002"), ("distill", "--epochs 0"),
-    ("evaluate_ovs", "--checkpoint="), ("evaluate_ovs", "--limit -1"), ("evaluate_ovs", "--area 0"),
-    ("evaluate_ovs", "--logit-scale nan"), ("evaluate_ovs", "--dataset nonsense"),
-    ("evaluate_ovs", "--stride 24 --checkpoint STUDENT"),
-    ("evaluate_ovs", "--stride 100 --checkpoint STUDENT --compare"),
-    ("evaluate_ovs", "--checkpoint STUDENT --backbone tiny"),
-    ("time_inference", "--repeats 0"), ("time_inference", "--warmup -1"),
-    ("time_inference", "--sizes 64"), ("time_inference", "--strides 100 --backbone MICRO"),
-    ("time_inference", "--plot x.txt"), ("time_inference", "--device cuda:9")])
+    (extract_teacher, "--limit -1"), (extract_teacher, "--limit 0"),
+    (extract_teacher, "--versions 0"), (extract_teacher, "--batch-size 0"),
+    (extract_teacher, "--crop-prob 7"), (extract_teacher, "--crop-prob nan"),
+    (extract_teacher, "--flip-prob -1"), (extract_teacher, "--images="),
+    (extract_teacher, "--ratio inf inf"), (extract_teacher, "--device meta"),
+    (extract_teacher, "--min-side 0"), (extract_teacher, "--stride -1"),
+    (extract_teacher, "--shard 3/2"), (extract_teacher, "--shard x"),
+    (extract_teacher, "--stride 65 --backbone MICRO"),
+    (extract_teacher, "--window 50 --backbone MICRO"), (extract_teacher, "--backbone none"),
+    (distill, "--lr inf"), (distill, "--lr 0"), (distill, "--weight-decay inf"),
+    (distill, "--save-every 0"), (distill, "--random-scale inf inf"),
+    (distill, "--random-scale 1001 1002"), (distill, "--epochs 0"), (evaluate_ovs, "--checkpoint="),
+    (evaluate_ovs, "--limit -1"), (evaluate_ovs, "--area 0"), (evaluate_ovs, "--logit-scale nan"),
+    (evaluate_ovs, "--dataset nonsense"), (evaluate_ovs, "--stride 24 --checkpoint STUDENT"),
+    (evaluate_ovs, "--stride 100 --checkpoint STUDENT --compare"),
+    (evaluate_ovs, "--checkpoint STUDENT --backbone tiny"), (time_inference, "--repeats 0"),
+    (time_inference, "--warmup -1"), (time_inference, "--sizes 64"),
+    (time_inference, "--strides 100 --backbone MICRO"), (time_inference, "--plot x.txt"),
+    (time_inference, "--device cuda:9")])
 def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, tmp_path, capsys):
     flags = flags.replace("MICRO", micro).replace("STUDENT", str(student)).split()
-    more = {"extract_teacher": ["--images", images, "--out", tmp_path / "out"],
-            "distill": ["--teacher", student.parent / "teacher", "--out", tmp_path / "out"]}
+    more = {extract_teacher: ["--out", tmp_path / "out", "--images", images],
+            distill: ["--out", tmp_path / "out", "--teacher", student.parent / "teacher"]}
     if "--images=" in flags:
-        del more["extract_teacher"][:2]
+        del more[extract_teacher][2:]
     code, line = refusal(capsys, stage, *more.get(stage, []), *flags)
     flag = flags[0].rstrip("=")
     assert code == 2 and (flag in line or flag.strip("-").rstrip("s") in line)
@@ -152,9 +120,9 @@ def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, 
     (["--images", "IMAGES", "--classes", "cat", "--masks", "/nowhere"], 1, "/nowhere"),
     (["--images", "/nowhere", "--classes", "cat"], 1, "/nowhere"),
     (["--checkpoint", "/nowhere"], 1, "/nowhere")])
-def test_calls_of_evaluate_that_cannot_work(student, images, capsys, flags, code, named):
+def test_an_evaluation_that_cannot_work_is_named(student, images, capsys, flags, code, named):
     flags = [images if flag == "IMAGES" else flag for flag in flags]
-    found, line = refusal(capsys, "evaluate_ovs", "--checkpoint", student, *flags)
+    found, line = refusal(capsys, evaluate_ovs, "--checkpoint", student, *flags)
     assert found == code and named in line
 
 
@@ -163,18 +131,16 @@ def test_other_settings_are_refused_with_their_names(micro, photos, teacher, stu
                          (["--stride", 32], "stride was 24 and is now 32")):
         with pytest.raises(UsageError, match=named):
             extract(micro, photos, teacher, *flags)
-    code, line = refusal(capsys, "distill", "--teacher", teacher, "--out", student, "--epochs", 5,
+    code, line = refusal(capsys, distill, "--teacher", teacher, "--out", student, "--epochs", 5,
                          "--lr", 1e-3)
     assert code == 2 and "epochs was 3 and is now 5" in line
 
 
 @pytest.mark.slow
 def test_a_failing_command_ends_with_one_line_and_a_code(images, tmp_path):
-    for code, named, script, *flags in (
-            (2, "stride 999", "extract_teacher.py", "--images", images, "--out", tmp_path / "out",
-             "--backbone", "tiny", "--stride", 999),
-            (1, tmp_path / "none", "distill.py", "--teacher", tmp_path / "none")):
-        assert str(named) in error_line(command(script, *flags), code)
+    assert "stride 999" in error_line(command(
+        "extract_teacher.py", "--images", images, "--out", tmp_path / "out", "--backbone", "tiny",
+        "--stride", 999), code=2)
 
 
 # ---- images ----------------------------------------------------------------------------------
@@ -206,7 +172,7 @@ def test_bad_images_are_noted_and_the_rest_is_done(micro, photos, tmp_path, caps
 
 
 @pytest.mark.parametrize("what", ["changed", "deleted", "spoilt"])
-def test_an_image_that_is_no_more_the_same(micro, images, own_teacher, tmp_path, what):
+def test_an_image_that_changed_is_extracted_again(micro, images, own_teacher, tmp_path, what):
     before = files(own_teacher / "features")
     pixels = np.asarray(Image.open(images / "1.png"))
     (images / "1.png").unlink()
@@ -227,7 +193,7 @@ def test_an_image_that_is_no_more_the_same(micro, images, own_teacher, tmp_path,
         assert "1.png" in (own_teacher / "failures.jsonl").read_text()
 
 
-def test_a_copied_image_is_the_same(micro, images, own_teacher, tmp_path):
+def test_a_copied_image_is_not_extracted_again(micro, images, own_teacher, tmp_path):
     """Another date alone makes nothing anew."""
     path = own_teacher / "features" / "0.png.npy"
     before = path.stat().st_mtime_ns
@@ -239,16 +205,16 @@ def test_a_copied_image_is_the_same(micro, images, own_teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_unusual_file_names(micro, photos, tmp_path):
+def test_unusual_file_names_go_through_all_stages(micro, photos, tmp_path, capsys):
     """Too long for a file beside it, not UTF-8, mathematics to matplotlib."""
     folder, spar = tmp_path / "$a$ $b", tmp_path / "spar $"
     folder.mkdir()
     for name in ("x" * 250 + ".png", os.fsdecode(b"not-utf8-\xff.png"), "$x_{$.png",
                  "y" * 245 + ".png"):
         shutil.copy(photos / "0.png", folder / name)
-    output = finish(command("extract_teacher.py", "--images", folder, "--backbone", micro, "--out",
-                            tmp_path / "$t", *SMALL[:-2]))
-    assert "3 of 4 feature maps" in output
+    run(extract_teacher, "--images", folder, "--backbone", micro, "--out", tmp_path / "$t",
+        *SMALL[:-2])
+    assert "3 of 4 feature maps" in capsys.readouterr().out
     train(tmp_path / "$t", spar)
     assert (spar / "loss.png").exists()
     finish(command("evaluate_ovs.py", "--checkpoint", spar, "--images", folder, "--classes",
@@ -313,7 +279,7 @@ def test_a_damaged_teacher_is_named(own_teacher, tmp_path, capsys, change):
         path.write_text(json.dumps(settings | change))
     elif change is not None:
         path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    refusal(capsys, "distill", "--teacher", own_teacher, "--out", tmp_path / "spar")
+    refusal(capsys, distill, "--teacher", own_teacher, "--out", tmp_path / "spar")
     assert not (tmp_path / "spar" / "open_clip_model.safetensors").exists()
 
 
@@ -321,21 +287,16 @@ def test_a_damaged_teacher_is_named(own_teacher, tmp_path, capsys, change):
 def test_a_damaged_student_is_named(student, images, tmp_path, capsys, content):
     spar = shutil.copytree(student, tmp_path / "spar")
     (spar / "spar.json").write_text(content)
-    _, line = refusal(capsys, "evaluate_ovs", "--checkpoint", spar, "--compare",
+    _, line = refusal(capsys, evaluate_ovs, "--checkpoint", spar, "--compare",
                       "--images", images, "--classes", "cat", "--state", tmp_path / "state")
     assert "spar.json" in line
-
-
-class Evil:
-    def __reduce__(self):
-        return pytest.fail, ("code of a file was executed",)
 
 
 @pytest.mark.parametrize("damage", [
     lambda state: {key: value for key, value in state.items() if key != "scaler"},
     lambda state: state | {"parameters": [torch.zeros(2), *state["parameters"][1:]]},
     lambda state: state | {"parameters": state["parameters"][1:]},
-    lambda state: state | {"step": Evil()},
+    lambda state: state | {"step": Malicious(pytest.fail, "code of a file was executed")},
     lambda state: None,
 ], ids=["key", "shape", "count", "code", "short"])
 def test_a_damaged_state_is_named(own_teacher, tmp_path, damage):
@@ -393,11 +354,11 @@ def test_values_that_are_not_finite_keep_the_last_good_state(own_teacher, tmp_pa
     assert not (spar / "open_clip_model.safetensors").exists()
 
 
-def test_a_log_that_was_deleted(student, teacher, tmp_path):
+def test_a_finished_student_survives_a_deleted_log(student, teacher, tmp_path):
     spar = shutil.copytree(student, tmp_path / "spar")
     (spar / "log.jsonl").unlink()
     run(distill, "--teacher", teacher, "--out", spar, "--epochs", 3, "--lr", 1e-3)
-    assert same_student(spar, student)
+    assert not changed_parameters(spar, student)
 
 
 def test_temporary_files_of_a_killed_run_are_removed(micro, images, own_teacher, tmp_path):
@@ -419,7 +380,7 @@ def wait_for(path, lines, process):
 
 
 @pytest.mark.slow
-def test_one_training_a_folder(teacher, tmp_path):
+def test_a_second_training_in_a_folder_is_refused(teacher, tmp_path):
     """A second one is refused. As a background job of a shell, it ignores Ctrl-C, not SIGTERM."""
     log, flags = tmp_path / "log.jsonl", ["--teacher", teacher, "--out", tmp_path, "--epochs", 99]
     process = command("distill.py", *flags, preexec_fn=functools.partial(
@@ -461,14 +422,23 @@ def test_a_full_disk_loses_nothing(micro, images, own_teacher, tmp_path, stage, 
     assert len(done) < len(read_index(out) if stage is extract_teacher else losses(out)) == 6
 
 
-def test_a_disk_that_is_too_small_is_noticed_before(micro, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what, stage, flags", [
+    ("missing feature maps", extract_teacher, []),
+    ("frozen tokens", distill, ["--cache-frozen", "tokens"]),
+    ("training states", distill, ["--cache-frozen", "off"])])
+def test_a_disk_that_is_too_small_is_noticed_before(micro, images, teacher, tmp_path, monkeypatch,
+                                                    what, stage, flags):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(RunError, match=str(tmp_path / "out")):
-        extract(micro, images, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.npy"))
+    source = ["--teacher", teacher]
+    if stage is extract_teacher:
+        source = ["--images", images, "--backbone", micro]
+    with pytest.raises(RunError, match=f"{what} need .*larger disk"):
+        run(stage, *source, "--out", "out", *flags)
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_file_system_without_modes(backbone, tmp_path, monkeypatch):
+def test_a_file_system_without_modes_takes_a_student(backbone, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "chmod", refuse)
@@ -490,7 +460,8 @@ def own_signals():
     (MemoryError(), 1, "memory"), (RuntimeError("can't allocate memory\nmore"), 1, "memory"),
     (OSError(5, "Input/output error", "some.png"), 1, "some.png"), (BrokenPipeError(), 1, ""),
     (KeyboardInterrupt(), 130, "continue with: python")])
-def test_errors_that_end_in_one_line(error, code, named, capfd, monkeypatch, own_signals):
+def test_what_a_user_can_cause_ends_in_one_line(error, code, named, capfd, monkeypatch,
+                                                own_signals):
     def main(args):
         raise error
     monkeypatch.setattr(os, "dup2", lambda *_: None)
@@ -508,7 +479,7 @@ def test_a_defect_keeps_its_traceback(own_signals):
 
 
 @pytest.mark.slow
-def test_a_clock_that_stands_still(micro, tmp_path, monkeypatch):
+def test_a_clock_that_stands_still_is_survived(micro, tmp_path, monkeypatch):
     for name in ("time", "perf_counter", "monotonic"):
         monkeypatch.setattr(time, name, lambda: 1000.0)
     run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,

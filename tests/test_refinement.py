@@ -1,31 +1,24 @@
-"""LPOSS against dense and sparse solutions of its definition in float64, AnyUp in tiles against
+"""LPOSS against dense solutions of its definition in float64, AnyUp in tiles against
 its own published code."""
 import functools
-import itertools
 import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.sparse
-import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import evaluate_ovs
 import extras.anyup
-from common import (bilinear_strips, cut_windows, dense_features, label_strips, prepare,
-                    window_starts)
-from data.files import RunError, UsageError, fit_to_patches, to_rgb
-from conftest import run
+from common import bilinear_strips, cut_windows, dense_features, label_strips, prepare
+from data.files import RunError, UsageError
+from conftest import run, stitch_by_definition
 from data.benchmarks import Classes
 from evaluate_ovs import Method, label_map
 from extras.anyup import AnyUp, TiledAttention
-from extras.lposs import (Lposs, PixelGraph, best_synonyms, conjugate_gradients, patch_graph,
-                          propagate_patches, propagate_pixels, read_settings, rgb_to_lab)
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from extras.lposs import (Lposs, conjugate_gradients, patch_graph,
+                          propagate_patches, read_settings)
 
 
 # ---- LPOSS -----------------------------------------------------------------------------------
@@ -79,22 +72,16 @@ def test_lposs_equals_a_dense_solution(shape, k, gamma, sigma, power):
 
 
 @pytest.mark.parametrize("text", [
-    "k=0", "k=2.5", "k=x", "steps=0", "reach=0", "alpha=1", "alpha=-0.1", "tau=0", "tau=nan",
-    "tau=inf", "sigma=inf", "lambda=1", "k", "=3"])
-def test_wrong_settings(text):
+    "k=0", "k=2.5", "k=x", "steps=0", "alpha=1", "alpha=-0.1", "gamma=nan", "sigma=inf",
+    "lambda=1", "k", "=3"])
+def test_wrong_settings_are_named(text):
     with pytest.raises(UsageError, match=f"--lposs {text}: "):
         read_settings(["gamma=2", text])
 
 
-def test_settings():
+def test_settings_replace_the_defaults():
     assert read_settings([]) == Lposs()
     assert read_settings(["k=20", "sigma=2e-3"]) == Lposs(k=20, sigma=0.002)
-
-
-def test_settings_need_a_refinement(micro, photos, tmp_path):
-    with pytest.raises(UsageError, match="--lposs goes with --refine"):
-        run(evaluate_ovs, "--backbone", micro, "--images", photos, "--classes", "a, b",
-            "--save-maps", tmp_path, "--lposs", "k=20")
 
 
 def test_patch_without_similar_neighbours_keeps_its_similarities():
@@ -123,59 +110,6 @@ def test_each_column_has_its_own_step_sizes():
     assert (together[3] == 0).all()
 
 
-def test_lab_of_known_colours():
-    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (5, 5, 5): (1.37, 0, 0),
-             (255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.73, -86.18, 83.18),
-             (0, 0, 255): (32.30, 79.19, -107.86), (119, 119, 119): (50.03, 0, 0)}
-    image = torch.tensor([list(known)], dtype=torch.uint8).permute(2, 0, 1)
-    assert (rgb_to_lab(image)[:, 0].T - torch.tensor(list(known.values()))).abs().max() < 0.03
-
-
-def pixel_adjacency(image, reach, tau):
-    """Return LPOSS+'s graph as a sparse matrix in float64, which is not normalised."""
-    lab = rgb_to_lab(image).double().numpy() / np.array([100, 128, 128])[:, None, None]
-    _, height, width = lab.shape
-    rows, columns, weights = [], [], []
-    for y, x in itertools.product(range(height), range(width)):
-        for v, u in itertools.product(range(max(0, y - reach), min(height, y + reach + 1)),
-                                      range(max(0, x - reach), min(width, x + reach + 1))):
-            if (v, u) != (y, x):
-                rows.append(y * width + x)
-                columns.append(v * width + u)
-                weights.append(np.exp(-np.linalg.norm(lab[:, y, x] - lab[:, v, u]) / tau))
-    return scipy.sparse.csr_array((weights, (rows, columns)), (height * width,) * 2)
-
-
-@pytest.mark.parametrize("size, reach, tau", [
-    ((20, 28), 6, 0.01),
-    ((16, 16), 3, 0.1),
-    ((16, 32), 2, 0.01),
-    ((4, 19), 6, 0.05),
-])
-def test_lposs_plus_equals_an_explicit_sparse_matrix(size, reach, tau):
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(
-        size[::-1], Image.BICUBIC)
-    image = to_rgb(coarse)
-    w = pixel_adjacency(image, reach, tau)
-    degrees = w.sum(1)
-    degrees[degrees == 0] = 1
-    s = scipy.sparse.diags_array(degrees ** -0.5) @ w @ scipy.sparse.diags_array(degrees ** -0.5)
-    graph = PixelGraph(image, reach, tau)
-    maps = torch.randn(3, *size)
-    assert np.abs(graph.apply(maps).flatten(1).numpy().T
-                  - s @ maps.flatten(1).double().numpy().T).max() < 1e-5
-
-    similarities = torch.rand(2, 3, 5)
-    start = F.interpolate(similarities.permute(2, 0, 1)[None], size=size, mode="bilinear",
-                          align_corners=False)[0].flatten(1).double().numpy().T
-    expected = 0.05 * scipy.sparse.linalg.spsolve(
-        (scipy.sparse.eye_array(len(degrees)) - 0.95 * s).tocsc(), start)
-    propagated = propagate_pixels(image, similarities, Lposs(reach=reach, tau=tau, steps=200),
-                                  values=size[0] * size[1] * 2)  # two names at a time
-    assert np.abs(propagated.flatten(0, 1).numpy() - expected).max() < 1e-5
-
-
 def test_refined_prediction_end_to_end(backbone):
     """Method.predict equals its steps by hand, on an image whose sides are not multiples of the
     patch."""
@@ -183,50 +117,34 @@ def test_refined_prediction_end_to_end(backbone):
     classes = Classes([["a", "b"], ["c"]])
     texts = F.normalize(torch.randn(3, backbone.dim), dim=-1)
     lposs, size = Lposs(k=20), (70, 115)
-    single = functools.partial(Method, backbone, "", lposs=lposs)
+    single = Method(backbone, "", refine="lposs", lposs=lposs)
     features = F.normalize(dense_features(backbone, image), dim=-1)  # (4, 7, D)
     centres = torch.tensor([(16 * y + 8.0, 16 * x + 8.0) for y in range(4) for x in range(7)])
     patches = propagate_patches(features.flatten(0, 1), centres,
                                 features.flatten(0, 1) @ texts.T, lposs).view(4, 7, 3)
-    pixels = propagate_pixels(fit_to_patches(image, 16), patches, lposs)
-    for refine, maps in (("lposs", patches), ("lposs+", pixels)):
-        best = torch.stack([maps[..., :2].amax(-1), maps[..., 2]])
-        expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0]
-        clear = (expected[0] - expected[1]).abs() > 1e-5
-        labels = single(refine=refine).predict(image, size, classes, texts)
-        assert torch.equal(labels[clear], expected.argmax(0)[clear])
-        assert clear.double().mean() > 0.9
+    best = torch.stack([patches[..., :2].amax(-1), patches[..., 2]])
+    expected = F.interpolate(best[None], size=size, mode="bilinear", align_corners=False)[0]
+    clear = (expected[0] - expected[1]).abs() > 1e-5
+    labels = single.predict(image, size, classes, texts)
+    assert torch.equal(labels[clear], expected.argmax(0)[clear])
+    assert clear.double().mean() > 0.9
     # one window, which is the single pass
     covering = Method(backbone, "", stride=64, window=(64, 64), refine="lposs", lposs=lposs)
     # without synonyms, whose maximum is taken at pixels there and at patches here
     inputs = image[:, :64, :64], (64, 64), Classes([["a"], ["b"], ["c"]]), texts
-    same = covering.predict(*inputs) == single(refine="lposs").predict(*inputs)
+    same = covering.predict(*inputs) == single.predict(*inputs)
     assert same.double().mean() > 0.999
 
 
-def stitched_windows(maps, size, window, stride):
-    """Return windows' maps (n, h, w, N) at pixels, upsampled one by one and averaged where they
-    overlap: (H, W, N) float64."""
-    total, counts = torch.zeros(maps.shape[3], *size).double(), torch.zeros(size).double()
-    corners = itertools.product(*(window_starts(*each, stride) for each in zip(size, window)))
-    for (top, left), window_map in zip(corners, maps.double(), strict=True):
-        place = slice(top, top + window[0]), slice(left, left + window[1])
-        total[:, *place] += F.interpolate(window_map.permute(2, 0, 1)[None], size=window,
-                                          mode="bilinear", align_corners=False)[0]
-        counts[place] += 1
-    return (total / counts).permute(1, 2, 0)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("refine", ["lposs", "lposs+"])
-def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backbone, refine):
+def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backbone):
     """The patches of all windows are in one graph and stitched at the size of the network's
-    input; there the maximum over synonyms is taken (also after lposs+), and then resized."""
+    input; there the maximum over synonyms is taken, and then resized."""
     image, size = torch.randint(0, 256, (3, 70, 115), dtype=torch.uint8), (130, 201)
     names = [[f"{k} {j}" for j in range(6)] for k in range(3)]
     # windows of 2 x 2 patches have many borders, where neighbouring pixels differ
     window, lposs = (32, 32), Lposs(k=30, alpha=0.5)
-    method = Method(backbone, "", stride=24, window=window, batch_size=5, refine=refine,
+    method = Method(backbone, "", stride=24, window=window, batch_size=5, refine="lposs",
                     lposs=lposs)
 
     prepared = prepare(backbone, image)  # 64 x 112
@@ -242,10 +160,8 @@ def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backb
     patches = propagate_patches(flat, torch.tensor(centres), flat @ texts.T, lposs)
 
     def at_pixels(maps):  # (60, N) -> (64, 112, N)
-        joined = stitched_windows(maps.view(15, 2, 2, -1), (64, 112), window, 24)
-        if refine == "lposs":
-            return joined
-        return propagate_pixels(fit_to_patches(image, 16), joined.float(), lposs).double()
+        return stitch_by_definition(maps.view(15, 2, 2, -1).double(), (64, 112), window, 24, 1,
+                                    (64, 112))
 
     def resized(maps):  # -> (N, 130, 201)
         return F.interpolate(maps.permute(2, 0, 1)[None], size=size, mode="bilinear",
@@ -264,13 +180,6 @@ def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backb
     for other in (resized(at_pixels(best(patches))).argmax(0),
                   best(resized(at_pixels(patches)).permute(1, 2, 0)).argmax(-1)):
         assert (labels != other)[clear].any()
-
-
-def test_best_synonyms():
-    similarities = torch.randn(4, 5, 6)
-    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
-                            similarities[..., 4:].amax(-1)], -1)
-    assert torch.equal(best_synonyms(similarities, torch.tensor([0, 1, 1, 1, 2, 2])), expected)
 
 
 # ---- AnyUp -----------------------------------------------------------------------------------
@@ -349,14 +258,6 @@ def test_anyup_leaves_images_of_one_patch_to_bilinear_upsampling(capsys):
         strips = AnyUp.strips(None, image, similarities, (20, 70))
         assert torch.equal(strips(0, 20), bilinear_strips(similarities, (20, 70))(0, 20))
     assert capsys.readouterr().out.count("AnyUp needs two patches") == 1
-
-
-@pytest.mark.parametrize("flags", [
-    ["--refine", "lposs+"], ["--inference", "sliding-window"]])
-def test_anyup_is_refused_where_maps_end_at_pixels(flags, micro, photos, tmp_path):
-    with pytest.raises(UsageError, match="--upsampler anyup enlarges a map of patches"):
-        run(evaluate_ovs, "--backbone", micro, "--images", photos, "--classes", "a, b",
-            "--save-maps", tmp_path, "--upsampler", "anyup", *flags)
 
 
 def test_bilinear_strips_equal_interpolation(backbone, monkeypatch):

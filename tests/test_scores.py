@@ -2,13 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score
 
 from common import bilinear_strips
-from data.files import RunError, UsageError
-from data.benchmarks import Classes, label_table, read_classes, read_labels
+from data.files import UsageError
+from data.benchmarks import BENCHMARKS, Classes, benchmark_classes, read_classes
 from evaluate_ovs import confusion_matrix, label_map, scores
 
 
@@ -33,7 +32,7 @@ def test_scores_equal_scikit_learns(seed):
     assert abs(accuracy - 100 * (labels[kept] == predictions[kept]).mean()) < 1e-9
 
 
-def test_class_lists(tmp_path):
+def test_class_lists_are_read(tmp_path):
     assert read_classes("cat, grass | lawn,sky").names == [["cat"], ["grass", "lawn"], ["sky"]]
     file = tmp_path / "classes.txt"
     file.write_text("background\ncat, kitten\n sky \n")
@@ -41,15 +40,47 @@ def test_class_lists(tmp_path):
     assert read_classes(file).class_of_name.tolist() == [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("source, message", [
-    ("", "empty"),
-    ("cat,,dog", "class 2: an empty name"),
-    ("cat, dog, Cat", "class 3: 'Cat' is a name of class 1"),
-    ("missing.txt", "no such file"),
+def test_class_files_are_the_benchmarks():
+    names = {name: benchmark_classes(name) for name in BENCHMARKS}
+    assert {name: (len(classes), len(classes.flat)) for name, classes in names.items()} == {
+        "voc21": (21, 56), "voc20": (20, 30), "cityscapes": (19, 19), "ade20k": (150, 150),
+        "context60": (60, 60), "context59": (59, 59)}
+    assert names["voc21"].names[1:] == names["voc20"].names
+    assert names["context60"].names[1:] == names["context59"].names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_class_files_may_have_a_mark_and_other_line_ends(tmp_path, encoding, end):
+    names = [["Straße", "Weg"], ["a\u2028b"], ["c\x0cd"]]
+    text = "".join(", ".join(synonyms) + end for synonyms in names)
+    (tmp_path / "classes.txt").write_bytes(text.encode(encoding))
+    assert read_classes(tmp_path / "classes.txt").names == names
+
+
+@pytest.mark.parametrize("content, message", [
+    ("Straße".encode("latin-1"), "not UTF-8"), ("sky\n".encode("utf-16"), "not UTF-8"),
+    (b'["sky", "grass"]', "JSON"), (b'{\n "0": "sky"}', "JSON"), (b"id,name\n0,sky\n", "CSV"),
+    (b"0: sky\n1: grass\n", "numbered"), (b"", "empty"), (b"\n\n", "empty"),
+    (b"cat\n\ndog", "class 2: an empty name"), (b"cat\ndog, Cat", "class 2: 'Cat'.*class 1"),
 ])
-def test_bad_class_lists_are_refused(source, message):
-    with pytest.raises(UsageError, match=f"^classes.*{message}"):
-        read_classes(source)
+def test_class_files_that_are_refused(tmp_path, content, message):
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(UsageError, match=f"classes .*classes.txt.*{message}"):
+        read_classes(tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("source, background, message", [
+    ("", None, "^classes: the list is empty"), ("missing.txt", None, "^classes.*no such file"),
+    ("cat,,dog", None, "^classes.*class 2: an empty name"),
+    ("cat, dog, Cat", None, "^classes.*class 3: 'Cat' is a name of class 1"),
+    (", ".join(f"name {k}" for k in range(300)), None, "^classes: 300 classes"),
+    ("cat, dog", "wall,,floor", "^background: an empty name"),
+    ("cat, dog", "wall, cat", "'cat'"), ("cat, background", "wall", "called background"),
+])
+def test_class_lists_that_are_refused(source, background, message):
+    with pytest.raises(UsageError, match=message):
+        read_classes(source, background)
 
 
 def test_a_class_is_as_similar_as_its_best_synonym():
@@ -59,20 +90,3 @@ def test_a_class_is_as_similar_as_its_best_synonym():
                             similarities[..., 4:].amax(-1)]).argmax(0)
     strip = bilinear_strips(similarities, (20, 30))
     assert torch.equal(label_map(strip, (20, 30), classes.class_of_name), expected)
-
-
-def test_masks_are_checked(tmp_path):
-    def read_mask(path, size, count):
-        return read_labels(path, size, label_table("plain", count))
-
-    labels = np.array([[0, 1, 255], [3, 7, 0]], np.uint8)
-    Image.fromarray(labels).save(tmp_path / "mask.png")
-    assert (read_mask(tmp_path / "mask.png", (2, 3), 8).numpy() == labels).all()
-    with pytest.raises(RunError,
-                       match="mask.png holds labels 3, 7; with 3 classes they go from 0 to 2"):
-        read_mask(tmp_path / "mask.png", (2, 3), 3)
-    with pytest.raises(RunError, match="mask.png is 2 x 3.*4 x 4"):
-        read_mask(tmp_path / "mask.png", (4, 4), 8)
-    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "rgb.png")
-    with pytest.raises(RunError, match="3 channels"):
-        read_mask(tmp_path / "rgb.png", (2, 3), 8)

@@ -1,35 +1,15 @@
 """Windows and stitching against a window-by-window loop in float64 (method.md, "Teacher")."""
+import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import (Stitcher, choose_window, cut_windows, encode_windows, stitched_features,
+from common import (Stitcher, cut_windows, encode_windows, stitched_features,
                     window_starts)
-from data.files import UsageError
+from conftest import stitch_by_definition
 from evaluate_ovs import PixelStitcher
-
-
-def loop(maps, size, window, stride, cell, outputs):
-    """Apply the definition: upsample each window's map, add it in place, divide by the counts,
-    resize. maps: (n, i, j, C) float64."""
-    window = [min(side, length) for side, length in zip(window, size)]
-    total = torch.zeros(maps.shape[-1], size[0] // cell, size[1] // cell, dtype=torch.float64)
-    counts = torch.zeros_like(total[0])
-    starts = [(top, left) for top in window_starts(size[0], window[0], stride)
-              for left in window_starts(size[1], window[1], stride)]
-    for (top, left), features in zip(starts, maps, strict=True):
-        up = F.interpolate(features.permute(2, 0, 1)[None], size=[side // cell for side in window],
-                           mode="bilinear", align_corners=False)[0]
-        place = (slice(top // cell, top // cell + up.shape[1]),
-                 slice(left // cell, left // cell + up.shape[2]))
-        total[:, *place] += up
-        counts[place] += 1
-    joined = (total / counts)[None]
-    return F.interpolate(joined, size=outputs, mode="bilinear",
-                         align_corners=False)[0].permute(1, 2, 0)
 
 
 def random_maps(size, window, stride, patch, channels=5):
@@ -48,7 +28,7 @@ def test_features_equal_the_loop(size, stride, window):
     stitcher = Stitcher.of_features(size, window, stride, 16)
     for part in maps.float().split(7):  # batches that end in the middle of a row of windows
         stitcher.add(part)
-    expected = loop(maps, size, window, stride, math.gcd(stride, 16),
+    expected = stitch_by_definition(maps, size, window, stride, math.gcd(stride, 16),
                     [side // 16 for side in size])
     assert stitcher.result().shape == expected.shape
     assert (stitcher.result() - expected).abs().max() < 1e-5
@@ -62,68 +42,35 @@ def in_strips(strip, height, ends):
     return torch.cat(parts, 1).permute(1, 2, 0)
 
 
-# sides in patches, of which one or both may be under the window's, and pixels of the output, None
-# for as many as the input's
-@pytest.mark.parametrize("grid, outputs", [
-    ((13, 19), (None, None)),
-    ((13, 19), (150, 333)),
-    ((6, 15), (100, None)),
-    ((4, 5), (None, None)),
-])
-@pytest.mark.parametrize("stride", [8, 12, 17, 20, 24, 56, 128])
-@pytest.mark.parametrize("patch, window", [(16, (128, 128)), (16, (64, 96)), (14, (140, 140))])
-def test_similarities_at_pixel_resolution_equal_the_loop(grid, outputs, stride, patch, window):
+# patch and window; stride; sides in patches, of which one or both may be under the window's, and
+# pixels of the output, None for as many as the input's
+PIXELS = [*itertools.product(
+    [(16, (128, 128)), (16, (64, 96)), (14, (140, 140))],
+    [8, 12, 17, 20, 24, 56, 128],
+    [((13, 19), (None, None)), ((13, 19), (150, 333)), ((6, 15), (100, None)),
+     ((4, 5), (None, None))])]
+PUBLISHED = [
+    ((16, (512, 512)), 24, ((34, 37), (408, 445))), ((16, (224, 224)), 112, ((21, 25), (252, 301))),
+    ((16, (512, 512)), 112, ((20, 38), (240, 457))), ((16, (512, 512)), 24, ((10, 13), (120, 157)))]
+
+
+@pytest.mark.parametrize("sizes, stride, image", PIXELS + PUBLISHED)
+def test_similarities_at_pixel_resolution_equal_the_loop(sizes, stride, image):
+    (patch, window), (grid, outputs) = sizes, image
     stride = min(stride, *window)
     size = tuple(patch * cells for cells in grid)
     outputs = tuple(given or own for given, own in zip(outputs, size))
-    maps = random_maps(size, window, stride, patch)
+    maps = random_maps(size, window, stride, patch, 3)
     stitcher = PixelStitcher(size, window, stride, patch)
     for part in maps.float().split(7):
         stitcher.add(part)
     strip = stitcher.strips(outputs)
     whole = strip(0, outputs[0]).permute(1, 2, 0)
     assert whole.shape == (*outputs, maps.shape[-1])
-    assert (whole - loop(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
+    assert (whole - stitch_by_definition(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
     anywhere = torch.randperm(outputs[0] - 1)[:5] + 1
     for ends in ([1, outputs[0] - 1], anywhere.tolist(), range(1, outputs[0])):
         assert (in_strips(strip, outputs[0], ends) - whole).abs().max() < 2e-6
-
-
-@pytest.mark.parametrize("size, window, stride", [
-    ((544, 592), 512, 24),
-    ((336, 400), 224, 112),
-    ((320, 608), 512, 112),
-    ((160, 208), 512, 24),
-])
-def test_similarities_of_the_published_windows_equal_the_loop(size, window, stride):
-    window, outputs = (window, window), (size[0] * 3 // 4, size[1] * 3 // 4 + 1)
-    maps = random_maps(size, window, stride, 16, 2)
-    stitcher = PixelStitcher(size, window, stride, 16)
-    stitcher.add(maps.float())
-    joined = in_strips(stitcher.strips(outputs), outputs[0], range(50, outputs[0], 50))
-    assert (joined - loop(maps, size, window, stride, 1, outputs)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("stride, patch, share", [
-    (24, 16, 16),  # pieces of 8 pixels along each axis, two of which are held
-    (12, 16, 4),
-    (17, 16, 1),
-    (56, 14, 12.25),  # of 7 pixels
-])
-def test_only_the_ends_of_linear_pieces_are_held(stride, patch, share):
-    size, window = (13 * patch, 19 * patch), (10 * patch, 10 * patch)
-    maps = random_maps(size, window, stride, patch)
-    stitcher = PixelStitcher(size, window, stride, patch)
-    stitcher.add(maps.float())
-    assert stitcher.result().numel() * share == math.prod(size) * maps.shape[-1]
-
-
-@pytest.mark.parametrize("kind", [Stitcher.of_features, PixelStitcher])
-def test_a_missing_window_is_an_error(kind):
-    stitcher = kind((128, 128), (64, 64), 32, 16)
-    stitcher.add(torch.ones(8, 4, 4, 2))
-    with pytest.raises(AssertionError):
-        stitcher.result()
 
 
 def test_windows_cover_every_pixel_and_end_at_the_border():
@@ -136,12 +83,6 @@ def test_windows_cover_every_pixel_and_end_at_the_border():
             assert covered.min() >= 1 and starts[0] == 0 and starts[-1] == length - 64
             assert starts == sorted(set(starts))
     assert window_starts(48, 64, 24) == [0]
-
-
-def test_windows_are_views():
-    image = torch.rand(3, 100, 120)
-    assert all(view.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
-               for view in cut_windows(image, (64, 64), 24))
 
 
 @torch.no_grad()
@@ -171,22 +112,10 @@ def test_batches_change_nothing(backbone, size):
     image = torch.randn(3, *size)
     windows = cut_windows(image, (64, 64), 24)
     single = torch.stack([backbone.encode_dense(view[None])[0] for view in windows])
-    expected = loop(single.double(), size, (64, 64), 24, 8, backbone.grid(image))
+    expected = stitch_by_definition(single.double(), size, (64, 64), 24, 8, backbone.grid(image))
     for most in (1, 5, 60):
         batches = list(encode_windows(backbone, image, (64, 64), 24, batch_size=most))
         assert (torch.cat(batches) - single).abs().max() < 1e-5
         assert max(map(len, batches)) <= most and len(batches) == math.ceil(len(windows) / most)
         features = stitched_features(backbone, image, (64, 64), 24, batch_size=most)
         assert (features - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("window, stride, named", [
-    ((100, 100), 24, "window 100"),
-    ((8, 8), 4, "window 8"),
-    ((64, 64), 65, "stride 65"),
-    ((64, 64), -3, "stride -3"),
-])
-def test_impossible_windows_are_refused(window, stride, named):
-    backbone = SimpleNamespace(window=window, patch=16)
-    with pytest.raises(UsageError, match=named):
-        choose_window(backbone, None, stride)

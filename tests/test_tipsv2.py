@@ -12,11 +12,9 @@ import distill
 import evaluate_ovs
 import extract_teacher
 from common import FrozenWindows, embed_texts, load_backbone
-from data.files import RunError, read_lines
-from conftest import run
+from data.files import RunError
+from conftest import losses, needs_onnx, run, shaken
 from extras.export_onnx import export
-from test_backbones import shaken
-from test_export import needs_onnx
 
 transformers = pytest.importorskip("transformers", "5.14", "TIPSv2 needs transformers 5.14")
 
@@ -24,7 +22,7 @@ WORDS = ["<pad>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz.", "ph", "pho"
 MERGES = [("p", "h"), ("ph", "o"), ("pho", "t"), ("phot", "o")]
 
 
-def write_folder(folder, **vision):
+def write_tipsv2(folder, **vision):
     """A small TIPSv2 with random weights, as save_pretrained writes it."""
     torch.manual_seed(0)
     towers = {"hidden_size": 32, "num_attention_heads": 2}
@@ -40,7 +38,7 @@ def write_folder(folder, **vision):
 
 @pytest.fixture(scope="module")
 def tipsv2(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("tipsv2"))
+    return write_tipsv2(tmp_path_factory.mktemp("tipsv2"))
 
 
 def naive_features(model, images):
@@ -58,7 +56,7 @@ def naive_features(model, images):
 @torch.no_grad()
 @pytest.mark.parametrize("vision", [{}, {"use_swiglu_ffn": True, "patch_size": 16}])
 def test_features_equal_transformers_modules(vision, tmp_path):
-    backbone = load_backbone(write_folder(tmp_path, **vision), text=True)
+    backbone = load_backbone(write_tipsv2(tmp_path, **vision), text=True)
     patch = backbone.patch
     side = backbone.window[0] // patch
     assert backbone.pooling == "class token" and backbone.dim == 32
@@ -159,7 +157,7 @@ def test_an_older_transformers_is_named(tipsv2, monkeypatch):
 @pytest.mark.parametrize("name, dim, image, text", [
     ("tipsv2-b", 768, 86, 110), ("tipsv2", 1024, 303, 184), ("tipsv2-so", 1152, 412, 448),
     ("tipsv2-g", 1536, 1100, 389)])
-def test_published_sizes(name, dim, image, text):
+def test_models_have_the_published_sizes(name, dim, image, text):
     """Millions of parameters, as published; no file is needed."""
     with torch.device("meta"):
         backbone = load_backbone(name, random_init=True, device="meta", text=True)
@@ -181,8 +179,8 @@ def test_two_blocks_are_distilled_and_evaluated(tipsv2, photos, tmp_path):
     settings = json.loads((teacher / "teacher.json").read_text())
     assert (settings["stride"], settings["patch"], settings["dim"]) == (21, 14, 32)
     run(distill, "--teacher", teacher, "--out", out, "--epochs", 4, "--lr", 2e-3)
-    losses = [entry["loss"] for entry in read_lines(out / "log.jsonl")]
-    assert len(losses) == 40 and sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    log = losses(out)
+    assert len(log) == 40 and sum(log[-10:]) < 0.95 * sum(log[:10])
     before, after = load_backbone(tipsv2), load_backbone(out)
     changed = {name for (name, old), new in zip(before.visual.named_parameters(),
                                                 after.visual.parameters())
