@@ -68,8 +68,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride,
-                    keep_half_weights, load_backbone, open_features, prefetch, run_stage, start_runtime, stitched_features,
-                    weights_hash)
+                    keep_half_weights, load_backbone, open_features, prefetch, run_stage,
+                    start_runtime, stitched_features, weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
                         planned_size, read_image, read_index, read_json, read_lines,

@@ -15,7 +15,7 @@ from common import load_backbone, start_runtime
 from data.files import RunError, UsageError, read_index, read_lines
 from conftest import SMALL, changed_parameters, files, losses, run, weights
 
-RECIPE = ["--epochs", "4", "--lr", "1e-3", "--save-every", "7"]
+RECIPE = ["--epochs", "4", "--lr", "1e-3", "--save-every", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_configuration_of_a_million_layers_is_refused(tmp_path):
     (extract_teacher, "--stride 65 --backbone MICRO"),
     (extract_teacher, "--window 50 --backbone MICRO"), (extract_teacher, "--backbone none"),
     (distill, "--lr inf"), (distill, "--lr 0"), (distill, "--weight-decay inf"),
-    (distill, "--save-every 0"), (distill, "--random-scale inf inf"),
+    (distill, "--save-every -1"), (distill, "--random-scale inf inf"),
     (distill, "--random-scale 1001 1002"), (distill, "--epochs 0"), (evaluate_ovs, "--checkpoint="),
     (evaluate_ovs, "--limit -1"), (evaluate_ovs, "--area 0"), (evaluate_ovs, "--logit-scale nan"),
     (evaluate_ovs, "--dataset nonsense"), (evaluate_ovs, "--stride 24 --checkpoint STUDENT"),
@@ -157,7 +157,7 @@ def test_bad_images_are_noted_and_the_rest_is_done(micro, photos, tmp_path, caps
     Image.new("RGB", (2000, 20)).save(folder / "thread.png")
     flags = ["--images", folder, "--backbone", micro, *SMALL[:-2]]
     run(extract_teacher, "--out", out, *flags)
-    assert "3 of 7 feature maps" in capsys.readouterr().out
+    assert "6 of 14 feature maps" in capsys.readouterr().out
     failures = {entry["image"]: entry["error"] for entry in read_lines(out / "failures.jsonl")}
     assert failures.keys() == {"truncated.jpg", "text.png", "dot.png", "thread.png"}
     assert "1 x 1" in failures["dot.png"] and "20 x 2000" in failures["thread.png"]
@@ -342,7 +342,7 @@ def test_tokens_of_other_images_are_not_used(micro, images, own_teacher, tmp_pat
 # ---- training that fails or is stopped -------------------------------------------------------
 
 @pytest.mark.parametrize("flags, last_good", [
-    (["--lr", 1e30, "--save-every", 1], 1),  # the loss of the second step
+    (["--lr", 1e30, "--save-every", 0], 1),  # the loss of the second step
     (["--lr", 1e39, "--batch-size", 6], 0)])  # the student after the last step, no loss
 def test_values_that_are_not_finite_keep_the_last_good_state(own_teacher, tmp_path, flags,
                                                              last_good):

@@ -94,7 +94,7 @@ def test_stale_temporary_files_are_removed(tmp_path):
 
 
 ENTRY = {"image": "a.png", "version": 0, "file": "features/a.png.npy", "resize": [64, 64],
-         "crop": None, "flip": False, "grid": [4, 4]}
+         "crop": None, "flip": False, "grid": [4, 4], "crc32": 7}
 
 
 @pytest.mark.parametrize("key, value", [

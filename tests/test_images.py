@@ -1,4 +1,7 @@
 """Colour modes, resizing and augmentation. Files of images are tested in test_files.py."""
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from PIL import Image
 import extract_teacher
 from data.files import UsageError, apply_augmentation, planned_size, read_image, resize_image
 from data.benchmarks import Size
-from extract_teacher import PRESETS, PUBLISHED, plan_augmentation
+from extract_teacher import PRESETS, PUBLISHED, Augmentation, plan_augmentation
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -163,7 +166,36 @@ def test_contradictory_augmentation_is_refused(flags, message):
         choose(*flags.split())
 
 
-def test_the_demo_has_three_versions_by_default():
-    for flags, versions in (([], 3), (["--augment", "none"], 1), (["--images", "photos"], 1),
-                            (["--versions", "2"], 2)):
-        assert extract_teacher.parse_args(flags).versions == versions
+def test_the_number_of_versions_follows_the_images(tmp_path):
+    for flags, images, versions in (
+            ([], 150, 3), (["--augment", "none"], 150, 1), (["--images", "x"], 499, 2),
+            (["--images", "x"], 500, 1), (["--versions", "2"], 150, 2)):
+        args = extract_teacher.parse_args([*flags, "--out", str(tmp_path)])
+        fitted = extract_teacher.fit_to_images(args, PUBLISHED["paper"], ["a"] * images, tmp_path,
+                                               (512, 512))
+        assert fitted[1] == versions
+
+
+@pytest.mark.parametrize("size, window, lengths", [
+    ((480, 360), 112, (480, 360, 112, [0.7, 1.0])),  # smaller than in the paper: its own size
+    ((360, 480), 512, (480, 360, 360, [0.7, 1.0])),  # and never enlarged
+    ((4000, 3000), 512, (2048, 1024, 512, [0.5, 1.0]))])
+def test_the_augmentation_follows_the_size_of_the_images(tmp_path, size, window, lengths):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+
+    def fit(*flags):
+        args = extract_teacher.parse_args(["--images", "x", "--out", str(tmp_path), *flags])
+        augmentation = extract_teacher.choose_augmentation(args)
+        return extract_teacher.fit_to_images(args, augmentation, ["a.png", "b.png"], tmp_path,
+                                             (window, window))
+    long, short, least, ratio = lengths
+    expected = Augmentation(long, short, ratio, least)
+    assert fit() == (expected, 2)
+    assert fit("--min-side", "99")[0].min_side == 99
+    assert fit("--augment", "paper")[0] == PUBLISHED["paper"]
+    # an earlier run in the same folder is continued as it began
+    (tmp_path / "teacher.json").write_text(json.dumps(
+        {"augment": dataclasses.asdict(expected), "versions": 5}))
+    Image.new("RGB", (600, 600)).save(tmp_path / "a.png")
+    assert fit() == (expected, 5)

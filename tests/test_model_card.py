@@ -63,20 +63,21 @@ def test_its_examples_run(folder, monkeypatch):
 def test_the_card_names_base_model_and_licence(name, base, license_, folder):
     assert base_model(name) == base
     change_settings(folder, {"backbone": name})
-    assert write_card(folder)
+    write_card(folder)
     data = ModelCard.load(folder / "README.md").data
     assert (data.base_model, data.license) == (base, license_)
 
 
-def test_scores_are_added_and_refreshed(folder):
+def test_the_card_has_the_scores_of_the_last_evaluation(folder):
     window = RESULT | {"method": "sliding-window/24", "miou": 60.0}
-    assert write_card(folder, [RESULT, window])
-    assert write_card(folder, [RESULT | {"miou": 62.0}])
-    assert write_card(folder)  # as when distill.py is run again
+    write_card(folder, [RESULT])
+    write_card(folder, [RESULT | {"miou": 62.0}, window])
     card = (folder / "README.md").read_text()
     assert "| voc21 | 448 | spar | 62.0 | 88.0 | 1449 |" in card
     assert "| sliding-window/24 | 60.0 |" in card
     assert "61.2" not in card and "secret" not in card
+    write_card(folder)  # as when distill.py is run again
+    assert "Scores" not in (folder / "README.md").read_text()
 
 
 def test_a_card_without_its_marker_is_not_touched(folder):
@@ -84,12 +85,12 @@ def test_a_card_without_its_marker_is_not_touched(folder):
     lines = path.read_text().splitlines()
     for text in ("", "\n".join(line for line in lines if not line.startswith(MARKER))):
         path.write_text(text)
-        assert not write_card(folder, [RESULT])
+        write_card(folder, [RESULT])
         assert path.read_text() == text
 
 
 @pytest.mark.slow
-def test_evaluation_adds_scores_of_a_whole_data_set(folder, photos, masks, tmp_path, capsys):
+def test_evaluation_adds_scores_of_a_whole_data_set(folder, photos, masks, tmp_path):
     flags = ["--checkpoint", folder, "--state", tmp_path / "state", "--images", photos,
              "--masks", masks, "--classes", "cat, dog, sky"]
     path = folder / "README.md"
@@ -101,7 +102,6 @@ def test_evaluation_adds_scores_of_a_whole_data_set(folder, photos, masks, tmp_p
     path.unlink()
     path.mkdir()  # cannot be written
     run(evaluate_ovs, *flags, "--json", tmp_path / "out.json")
-    assert "the model card lacks these scores" in capsys.readouterr().out
     assert (tmp_path / "out.json").exists()
 
 
@@ -110,11 +110,11 @@ def test_cards_say_how_other_kinds_of_students_load(folder):
     (folder / "open_clip_config.json").unlink()
     (folder / "config.json").write_text("{}")
     change_settings(folder, {"backbone": "tipsv2"})
-    assert write_card(folder)
+    write_card(folder)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers" and "AutoModel" in card.text
     change_settings(folder, converted_from="downloads/spar.ckpt")
-    assert write_card(folder)
+    write_card(folder)
     assert "Converted from spar.ckpt" in (folder / "README.md").read_text()
 
 
@@ -129,7 +129,7 @@ def test_odd_names_leave_the_card_readable(folder):
     """Surrogates, line breaks, the end of a comment, the border of a table's cell."""
     change_settings(folder, {"images": "photos/a\nb --> | \ud800"})
     odd = RESULT | {"dataset": "photos/c\n--> {d} | \udc80"}
-    assert write_card(folder, [odd]) and write_card(folder, [odd])
+    write_card(folder, [odd])
     card = ModelCard.load(folder / "README.md").text
     assert card.count("| 448 | spar | 61.2 | 88.0 | 1449 |") == 1
     assert len([line for line in card.splitlines() if line.startswith("<!--")]) == 1

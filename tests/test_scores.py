@@ -44,7 +44,8 @@ def test_class_files_are_the_benchmarks():
     names = {name: benchmark_classes(name) for name in BENCHMARKS}
     assert {name: (len(classes), len(classes.flat)) for name, classes in names.items()} == {
         "voc21": (21, 56), "voc20": (20, 30), "cityscapes": (19, 19), "ade20k": (150, 150),
-        "context60": (60, 60), "context59": (59, 59)}
+        "context60": (60, 60), "context59": (59, 59), "coco-object": (81, 113),
+        "coco-stuff": (171, 171)}
     assert names["voc21"].names[1:] == names["voc20"].names
     assert names["context60"].names[1:] == names["context59"].names
 

@@ -36,15 +36,15 @@ def test_extract_writes_a_feature_map_per_version(teacher, backbone):
     settings = json.loads((teacher / "teacher.json").read_text())
     assert settings.keys() == {
         "backbone", "random_init", "hub_dir", "dinov3_weights", "weights", "stride", "window",
-        "augment", "versions", "seed", "precision", "compile", "images", "patch", "dim", "maps",
-        "torch", "open_clip"}
+        "threads", "features", "augment", "versions", "seed", "precision", "compile", "images",
+        "patch", "dim", "maps", "torch", "open_clip"}
     assert settings["maps"] == 20 and not (teacher / "failures.jsonl").exists()
 
 
 def test_distill_learns_and_writes_a_student(student, micro):
     log = read_lines(student / "log.jsonl")
     assert [entry["step"] for entry in log] == list(range(1, 61))
-    assert {"step", "epoch", "loss", "lr", "seconds"} == log[0].keys()
+    assert {"step", "epoch", "loss", "lr", "seconds", "skipped"} == log[0].keys()
     first, last = (np.mean([entry["loss"] for entry in log if entry["epoch"] == epoch])
                    for epoch in (0, 2))
     assert last < 0.9 * first
@@ -85,8 +85,7 @@ def test_own_images_are_segmented_by_free_names(student, photos, tmp_path, capsy
     run(evaluate_ovs, "--checkpoint", student, "--images", photos / "3.png", "--state",
         tmp_path / "state", "--classes", "cat, grass | lawn, sky", "--save-maps", tmp_path / "maps")
     assert (sorted(path.name for path in (tmp_path / "maps").iterdir())
-            == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "shares.csv",
-                "sheet.png"])
+            == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "shares.csv"])
     labels = Image.open(tmp_path / "maps" / "3.png.labels.png")
     assert labels.mode == "P" and labels.size == Image.open(photos / "3.png").size
     assert np.asarray(labels).max() < 3
