@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 import evaluate_ovs
-from common import dense_features, load_backbone, segment
+from common import dense_features, label_pixels, load_backbone, segment
 from data.files import RunError, UsageError, nearest_multiple
 from conftest import NATIVE, needs_onnx, run, shaken, write_folder
 from extras import export_onnx
@@ -97,6 +97,16 @@ def test_a_file_gives_the_labels_of_torch_without_torch(flags, tmp_path):
     metadata = json.loads(str(out["metadata"]))
     assert json.loads(metadata["classes"]) == [names[0] for names in WORDS]
     assert not [*tmp_path.glob(".tmp-*")]
+
+
+@torch.no_grad()
+def test_names_are_enlarged_in_chunks(backbone):
+    texts = F.normalize(torch.randn(7, backbone.dim), dim=-1)
+    segmenter = export_onnx.Segmenter(backbone, texts, torch.tensor([0, 0, 1, 2, 3, 3, 4]))
+    image = torch.from_numpy(smooth_image((90, 75)))
+    assert torch.equal(segmenter(image), segmenter(image, chunk=3))
+    expected = label_pixels(backbone, image.permute(2, 0, 1), texts, segmenter.class_of_name)
+    assert (segmenter(image) == expected).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("flags, named", [

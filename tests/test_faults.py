@@ -90,6 +90,7 @@ def test_a_configuration_of_a_million_layers_is_refused(tmp_path):
     (extract_teacher, "--shard 3/2"), (extract_teacher, "--shard x"),
     (extract_teacher, "--stride 65 --backbone MICRO"),
     (extract_teacher, "--window 50 --backbone MICRO"), (extract_teacher, "--backbone none"),
+    (extract_teacher, "--window 8 --stride 4 --backbone MICRO"),
     (distill, "--lr inf"), (distill, "--lr 0"), (distill, "--weight-decay inf"),
     (distill, "--save-every -1"), (distill, "--random-scale inf inf"),
     (distill, "--random-scale 1001 1002"), (distill, "--epochs 0"), (evaluate_ovs, "--checkpoint="),

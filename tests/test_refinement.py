@@ -17,7 +17,7 @@ from conftest import run, stitch_by_definition
 from data.benchmarks import Classes
 from evaluate_ovs import Method, label_map
 from extras.anyup import AnyUp, TiledAttention
-from extras.lposs import (Lposs, conjugate_gradients, patch_graph,
+from extras.lposs import (Lposs, best_synonyms, conjugate_gradients, patch_graph,
                           propagate_patches, read_settings)
 
 
@@ -179,6 +179,13 @@ def test_windows_in_one_graph_take_the_best_synonym_before_the_last_resize(backb
     for other in (resized(at_pixels(best(patches))).argmax(0),
                   best(resized(at_pixels(patches)).permute(1, 2, 0)).argmax(-1)):
         assert (labels != other)[clear].any()
+
+
+def test_the_best_synonym_counts():
+    similarities = torch.randn(4, 5, 6)
+    expected = torch.stack([similarities[..., 0], similarities[..., 1:4].amax(-1),
+                            similarities[..., 4:].amax(-1)], -1)
+    assert torch.equal(best_synonyms(similarities, torch.tensor([0, 1, 1, 1, 2, 2])), expected)
 
 
 # ---- AnyUp -----------------------------------------------------------------------------------
