@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from common import (DINOV3, DinoTxt, dense_features, embed_texts, load_backbone,
+import common
+from common import (DINOV3, DinoTxt, FrozenWindows, dense_features, embed_texts, load_backbone,
                     resize_positions, segment)
 from data.files import RunError, UsageError
 from conftest import (MICRO, NATIVE, PREPROCESSING, ROOT, assert_equals_timm, bicubic, shaken,
@@ -330,6 +331,23 @@ def test_dinov3txt_segments_and_is_saved_as_its_public_code_loads_it(dinov3, tmp
     assert segment(dinov3, Image.new("RGB", (100, 70)), ["cat", "sky"]).shape == (70, 100)
     dinov3.save(tmp_path)
     dinov3.model.load_state_dict(load_file(tmp_path / DINOV3), strict=True)
+
+
+@torch.no_grad()
+def test_dinov3txt_remembers_windows_in_its_file(dinov3, tmp_path, monkeypatch):
+    image = torch.randn(1, 3, 64, 96)
+    plain = dinov3.encode_dense(image)
+    monkeypatch.setattr(dinov3, "windows", FrozenWindows(2, (64, 96), 32))
+    assert torch.allclose(dinov3.encode_dense(image), plain, atol=1e-5)  # one window
+    monkeypatch.setattr(dinov3, "windows", FrozenWindows(2, (64, 64), 32))
+    windowed = dinov3.encode_dense(image)
+    assert not torch.allclose(windowed, plain, atol=1e-3)
+    dinov3.save(tmp_path)
+    monkeypatch.setattr(common, "build_dinotxt",
+                        lambda clone: (copy.deepcopy(dinov3.model), dinov3.tokenizer))
+    student = load_backbone(tmp_path)
+    assert student.windows == dinov3.windows
+    assert torch.equal(student.encode_dense(image), windowed)
 
 
 def test_dinov3txt_says_what_it_needs(tmp_path, monkeypatch):

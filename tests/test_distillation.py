@@ -1,6 +1,9 @@
 """Distillation: what each variant trains, its losses, frozen blocks computed once, several
 processes, interruptions."""
+import functools
+import json
 import random
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -11,9 +14,10 @@ import torch.nn.functional as F
 
 import distill
 import extract_teacher
-from common import load_backbone, start_runtime
+from common import (as_int8, keep_half_weights, load_backbone, open_features,
+                    start_runtime)
 from data.files import RunError, UsageError, read_index, read_lines
-from conftest import SMALL, changed_parameters, files, losses, run, weights
+from conftest import SMALL, changed_parameters, extract, files, losses, run, weights
 
 RECIPE = ["--epochs", "4", "--lr", "1e-3", "--save-every", "0"]
 
@@ -123,6 +127,10 @@ def test_the_default_recipe_is_the_papers():
     recipe = distill.Recipe()
     assert (recipe.epochs, recipe.lr, recipe.schedule, recipe.weight_decay, recipe.batch_size,
             recipe.loss_of) == (10, 2e-5, "constant", 1e-4, 1, "feature")
+    args = distill.parse_args(["--epochs", "3"])
+    assert distill.choose_recipe(args, "siglip2", 1000, 2) == distill.Recipe(3, batch_size=2)
+    small = distill.choose_recipe(args, "siglip2", 999, 1)  # a higher rate for few images
+    assert small == distill.Recipe(3, 2e-4, "cosine")
 
 
 def test_training_is_a_plain_loop(teacher, micro, tmp_path):
@@ -339,3 +347,107 @@ def test_shards_make_what_one_run_makes(fork, micro, photos, tmp_path):
     assert files(shared / "features") == files(whole / "features")
     run(extract_teacher, *flags, shared)  # a run without --shard tidies up
     assert files(shared) == files(whole)
+
+
+# ---- half precision ----------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains_and_resumes_to_the_same_bits(fork, teacher, tmp_path, precision):
+    flags = ["--teacher", teacher, *RECIPE, "--precision", precision]
+    assert fork("distill", [*flags, "--out", tmp_path / "whole"])[0] == [0]
+    curve = losses(tmp_path / "whole")
+    assert np.mean(curve[-20:]) < 0.9 * np.mean(curve[:20])
+    again = [*flags, "--out", tmp_path / "killed"]
+    codes, _ = fork("distill", again, number=signal.SIGKILL,
+                    watched=tmp_path / "killed" / "log.jsonl", count=30)
+    assert codes == [-signal.SIGKILL]
+    codes, (output,) = fork("distill", again)
+    assert codes == [0] and "continuing after step" in output
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_steps_whose_gradients_overflow_are_skipped_and_counted(teacher, micro, tmp_path,
+                                                                monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run(distill, "--teacher", teacher, "--out", tmp_path, "--epochs", 1, "--lr", 1e-3,
+        "--precision", "fp16")
+    log = read_lines(tmp_path / "log.jsonl")
+    skipped = [entry["skipped"] for entry in log]
+    assert skipped[0] == 1 and skipped[-1] == max(skipped) < 20  # the scale is halved each time
+    assert np.isfinite([entry["loss"] for entry in log]).all()
+    assert changed_parameters(micro, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_change_no_bit(micro, dtype):
+    images = torch.randn(2, 3, 80, 64)
+    with torch.autocast("cpu", dtype):
+        expected = load_backbone(micro).encode_dense(images)
+    backbone = load_backbone(micro)
+    keep_half_weights(backbone.visual, dtype)
+    assert backbone.blocks[0].mlp.c_fc.weight.dtype == dtype
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(backbone.encode_dense(images), expected)
+
+
+# ---- from images, and smaller feature maps -----------------------------------------------------
+
+def test_one_command_extracts_and_trains(micro, photos, tmp_path):
+    run(extract_teacher, "--images", photos, "--backbone", micro, "--out", tmp_path / "a")
+    run(distill, "--teacher", tmp_path / "a", "--out", tmp_path / "b", "--epochs", 1)
+    run(distill, "--images", photos, "--backbone", micro, "--teacher", tmp_path / "c",
+        "--out", tmp_path / "d", "--epochs", 1)
+    assert_same_training(tmp_path / "b", tmp_path / "d")
+    with pytest.raises(UsageError, match="--images"):
+        run(distill, "--backbone", micro, "--teacher", tmp_path / "a")
+
+
+def test_int8_feature_maps_are_close_and_teach_the_same(micro, photos, teacher, tmp_path):
+    features = 3 * torch.randn(5, 7, 24)
+    features[0, 0], features[1, 1] = 0, 1e-6 * features[1, 1]
+    np.save(tmp_path / "a.npy", as_int8(features).numpy())
+    restored = torch.from_numpy(open_features(tmp_path / "a.npy")).float()
+    step = features.abs().amax(-1, keepdim=True) / 127
+    assert ((restored - features).abs() <= 0.6 * step + 1e-7).all()
+
+    run(extract_teacher, "--images", photos, "--backbone", micro, *SMALL, "--features", "int8",
+        "--out", tmp_path / "int8")
+    entries = read_index(tmp_path / "int8")
+    for entry in entries:
+        stored = np.load(tmp_path / "int8" / entry["file"])
+        assert stored.dtype == np.int8 and stored.shape == (*entry["grid"], 24 + 2)
+        small, large = (open_features(folder / entry["file"]).astype(float)
+                        for folder in (tmp_path / "int8", teacher))
+        assert np.linalg.norm(small - large) < 0.01 * np.linalg.norm(large)
+    for name, folder in (("a", teacher), ("b", tmp_path / "int8")):
+        run(distill, "--teacher", folder, "--out", tmp_path / name, "--epochs", 2, "--lr", 1e-3)
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=0.01)
+    with pytest.raises(UsageError, match="features was 'int8'"):
+        run(extract_teacher, "--images", photos, "--backbone", micro, *SMALL,
+            "--out", tmp_path / "int8")
+
+
+def test_a_bit_that_flipped_on_the_disk_is_noticed(teacher, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("frozen*"))
+    path = folder / read_index(folder)[3]["file"]
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=path.name):
+        run(distill, "--teacher", folder, "--out", tmp_path / "spar", "--epochs", 1)
+
+
+def test_a_continued_run_has_the_threads_of_its_beginning(micro, photos, teacher, tmp_path):
+    settings = json.loads((teacher / "teacher.json").read_text())
+    assert settings["threads"] == 1
+    shutil.copytree(teacher, tmp_path / "teacher")
+    torch.set_num_threads(2)
+    try:
+        extract(micro, photos, tmp_path / "teacher")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 import evaluate_ovs
-from common import dense_features, label_pixels, load_backbone, segment
+from common import dense_features, embed_texts, label_pixels, load_backbone, segment
 from data.files import RunError, UsageError, nearest_multiple
 from conftest import NATIVE, needs_onnx, run, shaken, write_folder
 from extras import export_onnx
@@ -146,3 +146,25 @@ def test_a_file_that_gives_something_else_is_not_kept(backbone, monkeypatch, tmp
     with pytest.raises(RunError, match="the file was not kept"):
         export_onnx.export(backbone, tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_words_can_change_after_the_export(micro, backbone, tmp_path):
+    """The example of extras/export_onnx.py, in numpy and onnxruntime alone."""
+    import onnxruntime
+    words, classes = tmp_path / "words.npz", "sky, grass | lawn, cat"
+    run(evaluate_ovs, "--backbone", micro, "--classes", classes, "--export",
+        tmp_path / "features.onnx", "--export-texts", words)
+    session = onnxruntime.InferenceSession((tmp_path / "features.onnx").read_bytes())
+    words, image = np.load(words, allow_pickle=False), smooth_image((96, 128))
+    features, = session.run(None, {"images": np.asarray(as_pil(image))[None]})
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    labels = words["class_of_name"][(features[0] @ words["texts"].T).argmax(-1)]
+    assert words["titles"].tolist() == ["sky", "grass", "cat"] and words["texts"].shape == (4, 24)
+    texts = embed_texts(backbone, ["sky", "grass", "lawn", "cat"])
+    ours = F.normalize(dense_features(backbone, image), dim=-1) @ texts.T
+    expected = torch.tensor([0, 1, 1, 2])[ours.argmax(-1)]
+    assert (labels == expected.numpy()).mean() > 0.9
+    with pytest.raises(UsageError, match="--export-texts goes with --classes"):
+        run(evaluate_ovs, "--backbone", micro, "--export-texts", tmp_path / "other.npz")

@@ -7,11 +7,13 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import common
 import distill
@@ -19,9 +21,9 @@ import evaluate_ovs
 import extract_teacher
 import time_inference
 from common import load_backbone
-from data.files import RunError, UsageError, atomic_path, read_index, read_lines
+from data.files import RunError, UsageError, atomic_path, read_image, read_index, read_lines
 from conftest import (MICRO, SMALL, Malicious, changed_parameters, command, copy_files, extract,
-                      files, finish, losses, refusal, run)
+                      files, finish, losses, refusal, run, weights)
 
 
 @pytest.fixture
@@ -215,12 +217,12 @@ def test_unusual_file_names_go_through_all_stages(micro, photos, tmp_path, capsy
         shutil.copy(photos / "0.png", folder / name)
     run(extract_teacher, "--images", folder, "--backbone", micro, "--out", tmp_path / "$t",
         *SMALL[:-2])
-    assert "3 of 4 feature maps" in capsys.readouterr().out
+    assert "6 of 8 feature maps" in capsys.readouterr().out
     train(tmp_path / "$t", spar)
     assert (spar / "loss.png").exists()
     finish(command("evaluate_ovs.py", "--checkpoint", spar, "--images", folder, "--classes",
                    "cat, sky", "--save-maps", tmp_path / "maps", "--state", tmp_path / "state"))
-    assert len(list((tmp_path / "maps").rglob("*.png"))) == 3 * 4 + 1
+    assert len(list((tmp_path / "maps").rglob("*.png"))) == 3 * 4
 
 
 # ---- damaged files of earlier stages ---------------------------------------------------------
@@ -485,3 +487,27 @@ def test_a_clock_that_stands_still_is_survived(micro, tmp_path, monkeypatch):
         monkeypatch.setattr(time, name, lambda: 1000.0)
     run(time_inference, "--backbone", micro, "--sizes", "64x64", "96x96", "--strides", 0, 32,
         "--warmup", 0, "--repeats", 1, "--plot", tmp_path / "times.png")
+
+
+@pytest.mark.parametrize("kind, remedy", [("pointer", "git lfs pull"), ("shard", "as one file"),
+                                          ("compiled", "_orig_mod")])
+def test_files_that_only_stand_for_weights_are_named(micro, tmp_path, kind, remedy):
+    tensors, name = weights(micro), "open_clip_model.safetensors"
+    copy_files(Path(micro.removeprefix("local-dir:")), tmp_path / "model", "open_clip_config.json")
+    if kind == "shard":
+        name = "model-00001-of-00002.safetensors"
+    if kind == "compiled":
+        tensors = {f"_orig_mod.{key}": value for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "model" / name)
+    if kind == "pointer":
+        (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(RunError, match=remedy):
+        load_backbone(tmp_path / "model")
+
+
+def test_an_image_of_few_of_16_bits_is_said_to_be_dark(tmp_path, capsys):
+    levels = np.random.default_rng(0).integers(0, 4096, (20, 30)).astype(np.uint16)
+    for factor, warned in ((1, True), (16, False)):
+        Image.fromarray(levels * factor).save(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
+        assert ("a.png uses less than 14" in capsys.readouterr().err) == warned

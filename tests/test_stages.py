@@ -15,7 +15,7 @@ from sklearn.metrics import jaccard_score
 import evaluate_ovs
 import time_inference
 from conftest import (ROOT, SMALL, changed_parameters, command, extract, files, finish,
-                      refusal, run, weights)
+                      refusal, results, run, save_image, weights)
 from data.files import UsageError, read_lines
 
 STAGES = ("extract_teacher", "distill", "evaluate_ovs", "evaluate_probes", "time_inference")
@@ -96,6 +96,45 @@ def test_own_images_are_segmented_by_free_names(student, photos, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_several_images_are_segmented_and_the_model_is_named(student, photos, tmp_path, capsys):
+    run(evaluate_ovs, "--checkpoint", student, "--images", photos / "3.png", photos / "sub",
+        "--classes", "cat, sky", "--state", tmp_path / "state", "--save-maps", tmp_path / "maps")
+    output = capsys.readouterr().out
+    assert f"student {student} (" in output and f"20 feature maps of {photos.name}" in output
+    for name in ("3.png", "sub/8.png", "sub/9.png"):
+        assert (tmp_path / "maps" / f"{name}.labels.png").is_file() and f"{name} (spar)" in output
+
+
+def test_what_makes_results_poor_or_slow_is_said(tmp_path, photos, capsys):
+    """Words that the demo's small backbone does not know, and large images."""
+    Image.new("RGB", (1600, 1300)).save(tmp_path / "large.png")
+    flags = ["--backbone", "tiny", "--state", tmp_path / "state", "--save-maps", tmp_path / "maps"]
+    run(evaluate_ovs, *flags, "--images", photos / "3.png", "--classes", "sky, zebra crossing")
+    captured = capsys.readouterr()
+    assert "tiny never learnt crossing, zebra" in captured.out
+    assert "--short-side" not in captured.out + captured.err
+    run(evaluate_ovs, *flags, "--images", tmp_path / "large.png", "--classes", "sky, red ball")
+    captured = capsys.readouterr()
+    assert "never learnt" not in captured.out and "8125 patches" in captured.out + captured.err
+
+
+def test_a_class_that_no_mask_holds_is_left_out_of_a_second_mean(student, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for kind, pixels in (("images", np.full((64, 64, 3), 90, np.uint8)),
+                         ("masks", np.zeros((64, 64), np.uint8))):
+        save_image(pixels, tmp_path / kind / "a.png")
+    run(evaluate_ovs, "--checkpoint", student, "--images", tmp_path / "images", "--masks",
+        tmp_path / "masks", "--classes", "cat, dog, sky, grass, water", "--state", tmp_path / "s",
+        "--json", tmp_path / "out.json")
+    row, = results(tmp_path / "out.json")
+    assert row["miou_labelled"] == row["per_class_iou"]["cat"]
+    present = [value for value in row["per_class_iou"].values() if value is not None]
+    assert row["miou"] == pytest.approx(np.mean(present))
+    output = capsys.readouterr().out
+    assert "in no mask of" in output and "dog, sky, grass, water" in output
+    assert ("mIoU, labelled" in output) == (row["miou_labelled"] != row["miou"])
+
+
 def test_timing_writes_a_table_and_a_plot(micro, tmp_path):
     run(time_inference, "--backbone", micro, "--sizes", "64x64", "130x90", "--strides", 0, 24,
         "--warmup", 1, "--repeats", 3, "--json", tmp_path / "t.json", "--plot", tmp_path / "t.png")

@@ -3,6 +3,7 @@ remembers."""
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import open_clip
@@ -15,7 +16,7 @@ import evaluate_probes
 import extract_teacher
 import time_inference
 from common import FrozenWindows, dense_features, load_backbone, window_starts
-from conftest import run
+from conftest import files, losses, run, shaken
 from data.files import RunError, UsageError
 
 
@@ -179,3 +180,46 @@ def test_an_export_is_refused(windowed, tmp_path):
     pytest.importorskip("onnxruntime")
     with pytest.raises(UsageError, match="windows"):
         run(evaluate_ovs, "--checkpoint", windowed, "--export", tmp_path / "student.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EVA02-B-16", "PE-Core-T-16-384", "ViT-B-16-SigLIP2-256"])
+@torch.no_grad()
+def test_other_families_join_windows(name):
+    """Rotary positions, which each window has from its own corner; no class token."""
+    backbone = shaken(load_backbone(name, random_init=True))
+    del backbone.blocks[3:]
+    height, width = backbone.window
+    backbone.windows = FrozenWindows(2, (height, width), height // 2)
+    image = torch.randn(3, height, width + 2 * backbone.patch)
+    tokens = backbone.tokens_before(2, image[None])[0]
+    assert torch.allclose(tokens.double(), naive_tokens(backbone, image, 2), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_interrupted_trainings_with_windows_end_the_same(fork, teacher, tmp_path):
+    """Killed and continued, and in two processes, one of which was killed: bit for bit."""
+    flags = ["--teacher", teacher, "--epochs", 2, "--lr", 1e-3, "--frozen-stride", 32,
+             "--save-every", 0, "--batch-size", 2, "--cache-frozen", "off"]
+
+    def student(name):
+        return {file: data for file, data in files(tmp_path / name).items()
+                if file in ("open_clip_model.safetensors", "open_clip_config.json")}
+    assert fork("distill", [*flags, "--out", tmp_path / "whole"])[0] == [0]
+    for name, world in (("one", 1), ("two", 2)):
+        again = [*flags, "--out", tmp_path / name]
+        codes, _ = fork("distill", again, world=world, number=signal.SIGKILL,
+                        watched=tmp_path / name / "log.jsonl", count=4)
+        assert codes[-1] == -signal.SIGKILL
+        codes, outputs = fork("distill", again, world=world)
+        assert codes == [0] * world and "continuing after step" in outputs[0]
+        assert student(name) == student("whole")
+
+
+@pytest.mark.parametrize("flags", [["--random-scale", 0.5, 2], ["--precision", "bf16"],
+                                   ["--precision", "fp16"]])
+def test_windows_go_with_other_settings(teacher, tmp_path, flags):
+    run(distill, "--teacher", teacher, "--out", tmp_path, "--epochs", 2, "--lr", 1e-3,
+        "--frozen-stride", 32, *flags)
+    curve = np.array(losses(tmp_path))
+    assert np.isfinite(curve).all() and curve[20:].mean() < curve[:20].mean()
