@@ -176,10 +176,12 @@ def plot(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     sweep = len({result_size(result).requested for result in results} - {None}) > 1
-    points = {}  # method -> requested number of pixels -> its results
+    points = {}  # method -> requested number of pixels, or stride -> its results
     for result in results:
-        side = result_size(result).requested if sweep else None
-        points.setdefault(result_label(result), {}).setdefault(side, []).append(result)
+        label, point = result_label(result), result_size(result).requested
+        if not sweep:  # one line through all strides
+            label, point = label.replace(f"/{result['stride']}", ""), result["stride"]
+        points.setdefault(label, {}).setdefault(point, []).append(result)
     figure, panels = plt.subplots(1, 1 + sweep, figsize=(6 + 5 * sweep, 4), layout="constrained",
                                   squeeze=False)
     for position, (label, by_size) in enumerate(points.items()):
@@ -197,6 +199,7 @@ def plot(results, path):
         panels[0, 0].set(ylabel="mIoU", xlabel="side of the square of the image's area in pixels"
                          if by_area else "short side of the image in pixels")
     panels[0, -1].set(xscale="log", xlabel="milliseconds per image", ylabel="mIoU")
+    panels[0, -1].tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
     for panel in panels.flat:
         panel.grid(alpha=0.3, which="both")
     panels[0, -1].legend(fontsize=8)

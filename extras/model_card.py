@@ -17,6 +17,11 @@ tokenizer = open_clip.get_tokenizer(name)''',
     "transformers": '''from transformers import AutoModel, AutoTokenizer  # 5.14 or newer
 model = AutoModel.from_pretrained("ORG/NAME")
 tokenizer = AutoTokenizer.from_pretrained("ORG/NAME")''',
+    "timm": '''import safetensors.torch, timm  # the tower alone, without text
+tower = timm.create_model("{architecture}", num_classes=0, dynamic_img_size=True)
+weights = safetensors.torch.load_file("open_clip_model.safetensors")
+tower.load_state_dict({{key.removeprefix("visual.trunk."): value for key, value in weights.items()
+                       if key.startswith("visual.trunk.")}})''',
     None: f'''import safetensors.torch  # the model is the one of DINOv3's public code
 model.load_state_dict(safetensors.torch.load_file("{DINOV3}"))''',
 }
@@ -51,8 +56,14 @@ def card_text(folder):
     origin = how_made(settings, name)
     if (folder / "loss.png").is_file():
         origin += "\n\n![The loss over the steps](loss.png)"
+    snippet = LOADING[library]
+    if library == "open_clip":
+        config = read_json(folder / "open_clip_config.json", "run distill.py again")
+        architecture = config["model_cfg"]["vision_cfg"].get("timm_model_name")
+        if architecture:
+            snippet += "\n\n" + LOADING["timm"].format(architecture=architecture)
     return Path(__file__).with_suffix(".md").read_text().format(
-        metadata=metadata, marker=MARKER, name=cell(name), loading=LOADING[library],
+        metadata=metadata, marker=MARKER, name=cell(name), loading=snippet,
         place="hf-hub:ORG/NAME" if library else "PATH", origin=origin)
 
 
