@@ -35,8 +35,7 @@ def parse_args(argv=None):
     add("--min-side", type=positive, help="shortest side; smaller images are enlarged to it")
     add("--crop-prob", type=probability, help="probability of a crop")
     add("--flip-prob", type=probability, help="probability of a horizontal flip")
-    add("--versions", type=positive, help="augmented versions per image (1, but 2 for less than "
-        "500 images, and 3 on the demo)")
+    add("--versions", type=positive, help="augmented versions per image (1, but 3 on the demo)")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch-size", type=positive, default=60, help="most windows per forward pass "
         "(%(default)s; a CPU takes as many as its caches hold); reduce it if memory runs out")
@@ -120,9 +119,8 @@ def fit_to_images(args, augmentation, paths, root, window):
     path, before = Path(args.out, "teacher.json"), {}
     if path.is_file():
         before = read_json(path, "delete that folder")
-    few = args.augment != "none" and len(paths) < 500
-    versions = args.versions or before.get("versions") or (2 if few and args.images else
-                                                           3 if few else 1)
+    usual = 1 if args.images or args.augment == "none" else 3
+    versions = args.versions or before.get("versions") or usual
     if args.augment != "auto" or not args.images:
         return augmentation, versions
     fitted = before.get("augment")

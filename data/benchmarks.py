@@ -139,12 +139,13 @@ class Layout:
     listing: str | None = None  # the file with the names of the images; None for all that match
     count: int | None = None  # number of images, if known
     panoptic: tuple | None = None  # JSON of the true segments, PNG folder, kind of category ids
+    palette: bool = False  # whether palettes of VOC's colours say which label ids are meant
 
 
 VOC = {
     part: Layout("VOCdevkit/VOC2012", "JPEGImages/{}.jpg",
                  {f"{folder}/{{}}.png": None for folder in folders},
-                 f"ImageSets/Segmentation/{part}.txt", count)
+                 f"ImageSets/Segmentation/{part}.txt", count, palette=True)
     for part, count, *folders in (
         ("val", 1449, "SegmentationClass"),
         ("train", 1464, "SegmentationClass"),
@@ -281,6 +282,7 @@ class Dataset:
     known: int | None = None  # number of images that the data set is known to have
     panoptic: dict | None = None  # {image: (PNG file, {segment id: class})}, without crowds
     things: frozenset = frozenset()  # classes whose segments are single objects
+    palette: bool = False  # as in Layout
 
 
 def own_images(paths, mask_root, classes, limit=None, name=None):
@@ -336,7 +338,7 @@ def open_benchmark(name, data_root, source=None, limit=None, part="val", panopti
         if missing:
             raise RunError(f"{root / listing} has no segments of {missing[0]}")
     return Dataset(name, root, images, [mask for mask, _ in found], tables, classes,
-                   Size(benchmark.short_side), layout.count, segments, things)
+                   Size(benchmark.short_side), layout.count, segments, things, layout.palette)
 
 
 def image_names(name, layout, root):
@@ -385,14 +387,35 @@ def image_size(path):
         return image.size if sideways else image.size[::-1]
 
 
-def read_label_ids(path, size=None):
-    """Return the values of a mask file, (H, W). size: that of its image."""
+@functools.cache
+def voc_palette():
+    """Return the colours of label ids in PASCAL VOC's files: (256, 3) int64."""
+    ids, colours = np.arange(256), np.zeros((256, 3), np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (ids >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours
+
+
+def meant_by_palette(ids, palette):
+    """Return the label ids (H, W) that a palette of VOC's colours means. A tool that saved a mask
+    anew may have put these in another order; other palettes mean nothing."""
+    colours = {tuple(colour): k for k, colour in enumerate(voc_palette().tolist())}
+    meant = [colours.get(tuple(colour), -1) for colour in np.reshape(palette, (-1, 3)).tolist()]
+    meant = np.array(meant)[ids]
+    return ids if meant.min() < 0 else meant
+
+
+def read_label_ids(path, size=None, palette=False):
+    """Return the values of a mask file, (H, W). size: that of its image. palette: as in Layout."""
     with reading(path, "replace this mask"), Image.open(path) as image:
         if image.format == "JPEG":
             raise RunError(f"{path} is a JPEG, whose compression changes labels; masks are PNG")
         # Pillow stretches grey levels of 2 and 4 bits to 0..255
         stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3]) if image.format == "PNG" else None
         ids = np.asarray(upright(image))
+        if palette and image.mode == "P":
+            ids = meant_by_palette(ids, image.getpalette())
     if ids.ndim != 2:
         raise RunError(f"{path} has {ids.shape[2]} channels; a mask has one, of class numbers")
     if ids.dtype.kind not in "bui":
@@ -420,7 +443,8 @@ def to_classes(ids, table, path):
 def read_mask(dataset, index, size=None):
     """Read the mask of an image of this size as classes: (H, W) int64."""
     path = dataset.masks[index]
-    return to_classes(read_label_ids(path, size), dataset.tables[index], path)
+    ids = read_label_ids(path, size, dataset.palette)
+    return to_classes(ids, dataset.tables[index], path)
 
 
 def load_sample(dataset, index):
@@ -472,7 +496,7 @@ def inspect(dataset, index, decode):
         try:
             if not mask.is_file():
                 raise RunError(f"{path} has no mask: {mask} does not exist")
-            ids = read_label_ids(mask, size)
+            ids = read_label_ids(mask, size, dataset.palette)
             pixels += np.bincount(ids[(ids >= 0) & (ids < 256)], minlength=256)
             to_classes(ids, dataset.tables[index], mask)
         except RunError as error:

@@ -22,7 +22,7 @@ from conftest import files, refusal, results, run, save_image
 from data.files import RunError
 from data.benchmarks import (BENCHMARKS, GROUPS, Classes, Dataset, Rule, Size, benchmark_classes,
                              benchmark_rule, label_table, open_benchmark, read_label_ids,
-                             to_classes)
+                             read_mask, to_classes, voc_palette)
 from data.journal import Journal
 from evaluate_ovs import Method, choose_rule, label_map
 from extras.lposs import Lposs
@@ -572,3 +572,21 @@ def test_the_teachers_backbone_may_be_named(own, micro, student, tmp_path, capsy
     for extra in ([], ["--compare"]):
         assert re.search(f"--backbone tiny.* a student of {micro}",
                          refusal(capsys, evaluate_ovs, *flags, "--backbone", "tiny", *extra)[1])
+
+
+def test_reordered_palettes_of_voc_are_read_by_their_colours(root, tmp_path):
+    """As a tool leaves them that saves a mask anew; other palettes are taken as they are."""
+    dataset = open_benchmark("voc21", root)
+    expected = read_mask(dataset, 0)
+    ids = np.array(Image.open(dataset.masks[0]))
+    order = np.random.default_rng(0).permutation(256).astype(np.uint8)
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    shutil.copytree(root / "VOCdevkit" / "VOC2012", folder)
+    mask = Image.fromarray(order[ids])
+    palette = np.zeros((256, 3), np.uint8)
+    palette[order] = voc_palette()
+    mask.putpalette(palette.ravel().tolist())
+    mask.save(folder / "SegmentationClass" / "2007_000.png")
+    assert torch.equal(read_mask(open_benchmark("voc21", tmp_path), 0), expected)
+    assert voc_palette()[[0, 1, 15, 20, 255]].tolist() == [  # background, aeroplane, person, ...
+        [0, 0, 0], [128, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]

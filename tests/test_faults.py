@@ -160,7 +160,7 @@ def test_bad_images_are_noted_and_the_rest_is_done(micro, photos, tmp_path, caps
     Image.new("RGB", (2000, 20)).save(folder / "thread.png")
     flags = ["--images", folder, "--backbone", micro, *SMALL[:-2]]
     run(extract_teacher, "--out", out, *flags)
-    assert "6 of 14 feature maps" in capsys.readouterr().out
+    assert "3 of 7 feature maps" in capsys.readouterr().out
     failures = {entry["image"]: entry["error"] for entry in read_lines(out / "failures.jsonl")}
     assert failures.keys() == {"truncated.jpg", "text.png", "dot.png", "thread.png"}
     assert "1 x 1" in failures["dot.png"] and "20 x 2000" in failures["thread.png"]
@@ -217,7 +217,7 @@ def test_unusual_file_names_go_through_all_stages(micro, photos, tmp_path, capsy
         shutil.copy(photos / "0.png", folder / name)
     run(extract_teacher, "--images", folder, "--backbone", micro, "--out", tmp_path / "$t",
         *SMALL[:-2])
-    assert "6 of 8 feature maps" in capsys.readouterr().out
+    assert "3 of 4 feature maps" in capsys.readouterr().out
     train(tmp_path / "$t", spar)
     assert (spar / "loss.png").exists()
     finish(command("evaluate_ovs.py", "--checkpoint", spar, "--images", folder, "--classes",

@@ -167,11 +167,10 @@ def test_contradictory_augmentation_is_refused(flags, message):
 
 
 def test_the_number_of_versions_follows_the_images(tmp_path):
-    for flags, images, versions in (
-            ([], 150, 3), (["--augment", "none"], 150, 1), (["--images", "x"], 499, 2),
-            (["--images", "x"], 500, 1), (["--versions", "2"], 150, 2)):
+    for flags, versions in (([], 3), (["--augment", "none"], 1), (["--images", "x"], 1),
+                            (["--versions", "2"], 2)):
         args = extract_teacher.parse_args([*flags, "--out", str(tmp_path)])
-        fitted = extract_teacher.fit_to_images(args, PUBLISHED["paper"], ["a"] * images, tmp_path,
+        fitted = extract_teacher.fit_to_images(args, PUBLISHED["paper"], ["a"], tmp_path,
                                                (512, 512))
         assert fitted[1] == versions
 
@@ -191,7 +190,7 @@ def test_the_augmentation_follows_the_size_of_the_images(tmp_path, size, window,
                                              (window, window))
     long, short, least, ratio = lengths
     expected = Augmentation(long, short, ratio, least)
-    assert fit() == (expected, 2)
+    assert fit() == (expected, 1)
     assert fit("--min-side", "99")[0].min_side == 99
     assert fit("--augment", "paper")[0] == PUBLISHED["paper"]
     # an earlier run in the same folder is continued as it began

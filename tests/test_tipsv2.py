@@ -175,7 +175,7 @@ def test_two_blocks_are_distilled_and_evaluated(tipsv2, photos, tmp_path):
     """Extraction, training from stored tokens, evaluation of what AutoModel loads."""
     teacher, out = tmp_path / "teacher", tmp_path / "spar"
     run(extract_teacher, "--images", photos, "--out", teacher, "--backbone", tipsv2, "--long-side",
-        168, "--short-side", 140, "--min-side", 112, "--versions", 1)
+        168, "--short-side", 140, "--min-side", 112)
     settings = json.loads((teacher / "teacher.json").read_text())
     assert (settings["stride"], settings["patch"], settings["dim"]) == (21, 14, 32)
     run(distill, "--teacher", teacher, "--out", out, "--epochs", 4, "--lr", 2e-3)
