@@ -205,13 +205,13 @@ class Method:
     def predict(self, image, size, classes, texts, rule=Rule()):
         """Segment (3, H, W) uint8 by the names' unit vectors (N, D): (*size) int64, on the CPU."""
         prepared = prepare(self.backbone, image)
-        class_of_name = classes.class_of_name
+        class_of_name = classes.class_of_name.to(prepared.device)
         if self.lposs:
             from extras.lposs import best_synonyms, propagated
             similarities = propagated(self, prepared, texts)
             similarities = best_synonyms(similarities, class_of_name)  # (h, w, K)
             strips = self.enlarge(image, similarities, size)
-            class_of_name = torch.arange(len(classes))
+            class_of_name = torch.arange(len(classes), device=prepared.device)
         elif self.stride:
             similarities = (F.normalize(maps, dim=-1) @ texts.T  # (n, h, w, N)
                             for maps in self.window_maps(prepared))
