@@ -1220,8 +1220,13 @@ def run_stage(main, args):
     # a batch system's SIGTERM ends a stage as Ctrl-C does; a background job ignores Ctrl-C
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
                if signal.getsignal(number) != signal.SIG_IGN]
+
+    def interrupt(number=None, frame=None):
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+        raise KeyboardInterrupt
     for number in numbers:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         stream.reconfigure(errors="backslashreplace")  # file names need not be text
     code, text = 0, None
@@ -1249,7 +1254,7 @@ def run_stage(main, args):
         traceback.print_exc()
     if text:
         print(f"error: {text}", file=sys.stderr)
-    for number in numbers:  # all is said; another signal, as torchrun sends, prints no traceback
+    for number in numbers:  # another signal, as torchrun sends, prints no traceback
         signal.signal(number, signal.SIG_DFL)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -278,7 +278,7 @@ def label_map(strip, size, class_of_name, rule=Rule()):
         areas = torch.bincount(labels.flatten().cpu(), minlength=count)
         small = areas <= rule.area_threshold * areas[1:].sum()
         small[0] = False  # the background
-        assign = functools.partial(assign, banned=small[class_of_name])
+        assign = functools.partial(assign, banned=small.to(class_of_name.device)[class_of_name])
         labels = label_strips(assign, strip, size, len(class_of_name))
     return labels
 
