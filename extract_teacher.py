@@ -112,10 +112,11 @@ def choose_augmentation(args):
     return augmentation
 
 
-def fit_to_images(args, augmentation, paths, root, window):
-    """Return the augmentation and the number of versions for these images, where flags leave that
-    open. A student should be trained at the sizes that will be segmented, so that images smaller
-    than the paper's keep theirs. An earlier run in the same folder is continued as it began."""
+def fit_to_images(args, augmentation, sides, window):
+    """Return the augmentation and the number of versions for images of these sides (short, long),
+    where flags leave that open. A student should be trained at the sizes that will be segmented,
+    so that images smaller than the paper's keep theirs. An earlier run in the same folder is
+    continued as it began."""
     path, before = Path(args.out, "teacher.json"), {}
     if path.is_file():
         before = read_json(path, "delete that folder")
@@ -125,7 +126,7 @@ def fit_to_images(args, augmentation, paths, root, window):
         return augmentation, versions
     fitted = before.get("augment")
     if not isinstance(fitted, dict):
-        short, long = median_sides(root, paths)
+        short, long = sides
         fitted = {"long_side": min(long, augmentation.long_side),
                   "short_side": min(short, augmentation.short_side),
                   "min_side": min(short, *(window or [augmentation.min_side]))}
@@ -324,8 +325,10 @@ def main(args):
     root = root.parent if root.is_file() else root
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone, window, stride = load_teacher(args, runtime)
-    augmentation, versions = fit_to_images(args, augmentation, paths, root, window)
-    runtime.print(f"{versions} versions of each image, by {augmentation or 'no augmentation'}")
+    sides = median_sides(root, paths)
+    augmentation, versions = fit_to_images(args, augmentation, sides, window)
+    runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median), {versions} versions of each, "
+                  f"by {augmentation or 'no augmentation'}")
     jobs = [(path, version) for path in paths for version in range(versions)]
     settings = describe(args, runtime, backbone) | {
         "stride": stride, "window": list(window) if window else None, "versions": versions,

@@ -172,7 +172,7 @@ def check_index_entry(entry):
     """Raise an error for an index entry of no augmented image, or of files outside the folder."""
     size, grid = planned_size(entry), entry["grid"]
     whole = [*size, *grid, *entry["resize"], *(entry["crop"] or ()), entry["version"],
-             entry["crc32"]]
+             entry.get("crc32", 0)]
     if (len(size) != 2 or len(grid) != 2 or any(type(number) is not int for number in whole)
             or min(*size, *grid) < 1 or not isinstance(entry["flip"], bool)):
         raise ValueError(f"no augmented image in {json.dumps(entry)[:200]}")

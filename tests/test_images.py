@@ -170,8 +170,7 @@ def test_the_number_of_versions_follows_the_images(tmp_path):
     for flags, versions in (([], 3), (["--augment", "none"], 1), (["--images", "x"], 1),
                             (["--versions", "2"], 2)):
         args = extract_teacher.parse_args([*flags, "--out", str(tmp_path)])
-        fitted = extract_teacher.fit_to_images(args, PUBLISHED["paper"], ["a"], tmp_path,
-                                               (512, 512))
+        fitted = extract_teacher.fit_to_images(args, PUBLISHED["paper"], (9, 9), (512, 512))
         assert fitted[1] == versions
 
 
@@ -186,8 +185,8 @@ def test_the_augmentation_follows_the_size_of_the_images(tmp_path, size, window,
     def fit(*flags):
         args = extract_teacher.parse_args(["--images", "x", "--out", str(tmp_path), *flags])
         augmentation = extract_teacher.choose_augmentation(args)
-        return extract_teacher.fit_to_images(args, augmentation, ["a.png", "b.png"], tmp_path,
-                                             (window, window))
+        sides = extract_teacher.median_sides(tmp_path, ["a.png", "b.png"])
+        return extract_teacher.fit_to_images(args, augmentation, sides, (window, window))
     long, short, least, ratio = lengths
     expected = Augmentation(long, short, ratio, least)
     assert fit() == (expected, 1)
