@@ -327,8 +327,8 @@ def main(args):
     backbone, window, stride = load_teacher(args, runtime)
     sides = median_sides(root, paths)
     augmentation, versions = fit_to_images(args, augmentation, sides, window)
-    runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median), {versions} versions of each, "
-                  f"by {augmentation or 'no augmentation'}")
+    runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median), {versions} versions of "
+                  f"each, by {augmentation or 'no augmentation'}")
     jobs = [(path, version) for path in paths for version in range(versions)]
     settings = describe(args, runtime, backbone) | {
         "stride": stride, "window": list(window) if window else None, "versions": versions,
