@@ -358,7 +358,8 @@ def train(student, teacher, frozen, recipe, runtime, args):
                 updates = int(optimizer.state[parameters[0]].get("step", 0))
                 pending[-1]["skipped"] = step - updates
                 write_log(log_path, pending, runtime)
-                bar.set_postfix(loss=f"{pending[-1]['loss']:.4f}", skipped=step - updates)
+                bar.set_postfix(loss=f"{pending[-1]['loss']:.4f}", skipped=step - updates,
+                                refresh=False)
                 bar.update(len(pending))
                 pending = []
                 saved = time.time() if save else saved
@@ -403,7 +404,11 @@ def load_student(teacher, classes, args, device):
 
 
 def extract_first(args):
-    """Run extract_teacher.py with its defaults for --images."""
+    """Run extract_teacher.py with its defaults for --images, if there are any."""
+    if args.images is None:
+        if args.backbone:
+            raise UsageError("--backbone goes with --images; else the feature maps decide on it")
+        return
     import extract_teacher
     flags = {"--images": args.images, "--out": args.teacher, "--backbone": args.backbone,
              "--device": args.device, "--precision": args.precision, "--workers": args.workers}
@@ -412,10 +417,7 @@ def extract_first(args):
 
 
 def main(args):
-    if args.backbone and not args.images:
-        raise UsageError("--backbone goes with --images; else the feature maps decide on it")
-    if args.images:
-        extract_first(args)
+    extract_first(args)
     teacher, out = Teacher(args.teacher, args.partial), Path(args.out)
     runtime = start_runtime(args.device, args.precision, args.seed)
     recipe = choose_recipe(args, teacher.loading["name"], len(teacher.entries), runtime.world)
