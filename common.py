@@ -62,7 +62,7 @@ def window_starts(length, window, stride):
 
 
 def default_stride(patch):
-    """Return the pixels between a teacher's windows: 1.5 patches, the paper's 24 for 16."""
+    """Return the teacher's default stride: 1.5 patches, the paper's 24 pixels for patches of 16."""
     return 3 * patch // 2
 
 
@@ -94,8 +94,8 @@ def cut_windows(image, window, stride):
             for left in window_starts(width, window[1], stride)]
 
 
-# feature values of one forward pass; with more, a CPU's caches overflow (54 windows of ViT-B/16
-# are a tenth slower than 6)
+# most feature values per forward pass on a CPU; more overflow its caches (batches of 54 windows
+# of ViT-B/16 are a tenth slower than batches of 6)
 CPU_VALUES = 600_000
 
 
@@ -211,9 +211,9 @@ class Stitcher:
         return self.out
 
 
-def keep_half_weights(module, dtype):
-    """Hold the weights of matrix products in their dtype, where autocast would convert frozen ones
-    in every pass. Equal to the last bit."""
+def convert_weights(module, dtype):
+    """Convert the weights of matrix products to a dtype once, where autocast would convert frozen
+    ones in every pass. Results are equal to the last bit."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
@@ -239,8 +239,8 @@ def stitched_features(backbone, image, window, stride, batch_size=60,
 
 
 def as_int8(features):
-    """Return a feature map (h, w, D) as (h, w, D + 2) int8: each cell's values in steps of its
-    largest one / 127, and the two bytes of that step as float16."""
+    """Return a feature map (h, w, D) as (h, w, D + 2) int8: each patch's values as multiples of a
+    step, 1/127 of the largest magnitude, then the two bytes of that step as float16."""
     step = (features.abs().amax(-1, keepdim=True) / 127).half()  # (h, w, 1)
     step = step.where(step > 0, 1)
     values = (features / step.float()).round().clamp(-127, 127).to(torch.int8)
@@ -298,7 +298,7 @@ BACKBONES = {
 LOADING = ("random_init", "hub_dir", "dinov3_weights")  # what load_backbone takes besides a name
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # keys of open_clip's preprocess_cfg
 DINOV3 = "dinov3txt_model.safetensors"  # the file of a student of DINOv3.txt
-MODEL_FILES = ("open_clip_config.json", DINOV3, "config.json")  # one makes a folder a model
+MODEL_FILES = ("open_clip_config.json", DINOV3, "config.json")  # any marks a folder as a model
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,9 @@ class Backbone(nn.Module):
     stored and continued from with run_blocks(tokens, grid, start=k).
 
     Dense features follow from how the tower pools its patches into the image embedding, which is
-    what was aligned with text. Pooled by a class token, the attention matrix of the last block
-    becomes the identity (MaskCLIP). Pooled by attention, patches take the value path of the
-    pooling layer. Pooled by their mean, patches are used as they are.
+    what was aligned with text. With a class token, the attention matrix of the last block becomes
+    the identity (MaskCLIP). With attention pooling, patches take the value path of the pooling
+    layer. With mean pooling, they are used as they are.
 
     Attributes: visual (the image tower), model (both towers, or None without text), blocks, patch
     (pixels), window (native H, W in pixels, or None), dim (D, shared with the text), pooling,
@@ -373,8 +373,8 @@ class Backbone(nn.Module):
         return height // self.patch, width // self.patch
 
     def set_windows(self, windows, source):
-        """Let the first blocks see windows, as a student's file has them: {"blocks": int, "size":
-        [H, W], "stride": int}, or None. Raise RunError."""
+        """Set the first blocks' windows from a student's file: {"blocks": int, "size": [H, W],
+        "stride": int}, or None. Raise RunError."""
         if windows is None:
             return
         with reading(source, "distill.py writes it"):
@@ -382,7 +382,7 @@ class Backbone(nn.Module):
             height, width = size
             if (not 0 < blocks < len(self.blocks) or not 0 < stride <= min(size)
                     or any(side % self.patch for side in (height, width, stride))):
-                raise ValueError(f"{windows} are no windows for its first blocks")
+                raise ValueError(f"{windows} do not fit its blocks and patches")
         self.windows = FrozenWindows(blocks, size, stride)
 
     def tokens_before(self, block, images):
@@ -415,12 +415,17 @@ class Backbone(nn.Module):
         return self.project(self.run_blocks(tokens, grid, start=block), grid)
 
     @property
+    def digest(self):
+        """A text that identifies what features depend on, besides the image."""
+        return f"{weights_hash(self.visual)} {self.positions} {self.windows}"
+
+    @property
     def has_own_tokenizer(self):
         return bool(self.config["text_cfg"].get("hf_tokenizer_name"))
 
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizer that the model was trained with. Raises RunError if it cannot be had."""
+        """The tokenizer that the model was trained with. Raises RunError if it cannot be loaded."""
         name = self.source["name"]
         architecture, tag = resolve_backbone(name)
         own = {"trust_remote_code": False} if self.has_own_tokenizer else {}
@@ -479,9 +484,9 @@ def single_tokens(function, tokens, most=2 ** 15):
 
 
 def self_attention(attention, tokens, values_only=False):
-    """Apply an nn.MultiheadAttention to tokens (B, n, C), or with values_only each token to itself.
-
-    The module itself puts n before B; bf16 products on a CPU then copy the weights per sequence."""
+    """Apply an nn.MultiheadAttention to tokens (B, n, C). With values_only, each token attends only
+    to itself. The module's own forward puts n before B, so that bf16 products on a CPU copy the
+    weights per sequence."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     if values_only:
         width = tokens.shape[-1]
@@ -664,8 +669,8 @@ def load_backbone(name, random_init=False, device="cpu", text=False, hub_dir=Non
 
     name: a --backbone value. random_init: without weights. text: with the text tower, for
     encode_text. hub_dir: a clone of DINOv3's public code. dinov3_weights: its two files (backbone;
-    head and text). Raises UsageError for a name or tower that cannot work, RunError when weights
-    cannot be had."""
+    head and text). Raises UsageError for a name or tower that cannot work, RunError if weights
+    cannot be loaded."""
     name = str(name)
     place = BACKBONES.get(name, name).removeprefix("hf-hub:").removeprefix("local-dir:")
     if name == "dinov3txt" or (Path(name) / DINOV3).is_file():
@@ -741,7 +746,7 @@ def read_model_config(name):
             path = open_clip.pretrained.download_pretrained_from_hf(place, "open_clip_config.json")
         return check_model_config(read_json(path, "fetch the model's files again"), path)
     model = open_clip.get_model_config(architecture)
-    # a file of weights is taken to want the same images as the published weights
+    # assume that a file of weights needs the preprocessing of the published ones
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     similar = tag if tag in tags else "".join(tags[:1])
     published = open_clip.get_pretrained_cfg(architecture, similar)
@@ -753,7 +758,7 @@ def read_model_config(name):
 
 def check_model_config(config, path):
     """Return a downloaded configuration without what open_clip 3.3 does not know. Raise RunError
-    for one that would run code, or build towers of absurd depth."""
+    for one that would run code, or build unreasonably deep towers."""
     with reading(path, "fetch the model's files again"):
         towers = [tower for tower in config["model_cfg"].values() if isinstance(tower, dict)]
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)  # of NaFlex towers
@@ -783,7 +788,7 @@ def find_weights(architecture, tag):
     return open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
 
 
-# a text tower of next to no size, where none is needed
+# a minimal text tower, for when none is needed
 STUB = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
@@ -817,7 +822,7 @@ def create_open_clip(config, path, text, device):
 
 
 def refuse_parts(path):
-    """Raise RunError for a file that stands for weights, or holds a part of them."""
+    """Raise RunError for a Git LFS pointer, or for one shard of several."""
     with open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise RunError(f"{path} is a Git LFS pointer in place of the weights; where it came "
@@ -845,7 +850,7 @@ def loading(what, advice):
 
 
 def offline_advice(architecture, tag):
-    """Return where a model's files can be had by hand, and where to put them."""
+    """Return advice on how to fetch a model's files by hand and where to put them."""
     kind, _, place = architecture.partition(":")
     if kind == "local-dir":
         return ("The folder must hold open_clip_config.json, the weights it describes and any "
@@ -889,7 +894,7 @@ def load_dinotxt(name, random_init, hub_dir, weights):
     clone = hub_clone("dinov3", hub_dir)
     if not (random_init or student or weights):
         raise UsageError(DINOV3_ADVICE)
-    for path in weights or ():
+    for path in () if student else weights or ():
         if not Path(path).is_file():
             raise UsageError(f"--dinov3-weights {path}: no such file. {DINOV3_ADVICE}")
     with loading("DINOv3's public code", DINOV3_ADVICE), warnings.catch_warnings():
@@ -988,7 +993,7 @@ def save_tensors(model, path, header=None):
 
 
 def weights_hash(module):
-    """Return the sha256 of a module's parameters in float32, by which stages recognise them."""
+    """Return the sha256 of a module's parameters in float32, which identifies them."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         digest.update(parameter.detach().float().cpu().contiguous().numpy())
@@ -1113,7 +1118,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def together(self):
-        """Raise RunError where other processes are needed and one of them is gone."""
+        """Raise RunError if another process is lost during an exchange."""
         try:
             yield
         except RuntimeError as error:
@@ -1131,12 +1136,12 @@ class Runtime:
         return tensor
 
     def total(self, value):
-        """Return the sum of a number over all processes, once all have come here."""
+        """Return the sum of a number over all processes, after all have reached this call."""
         with self.together():
             return self.sum(torch.tensor(float(value), device=self.device)).item()
 
     def barrier(self):
-        """Wait until all processes have come here."""
+        """Wait until all processes reach this call."""
         self.total(0)
 
 
@@ -1147,14 +1152,14 @@ def launcher_ranks():
         try:
             values.append(int(os.environ.get(name) or default))
         except ValueError:
-            raise UsageError(f"{name}={os.environ[name]} in the environment is no whole number; "
+            raise UsageError(f"{name}={os.environ[name]} in the environment is not a whole number; "
                              "unset it, or start with torchrun") from None
     rank, world, local = values
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
         return 0, 1, 0  # left over from something else
     if not (0 <= rank < world and local >= 0):
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world} in the environment fit no process; "
-                         "unset them, or start with torchrun")
+        raise UsageError(f"RANK={rank}, WORLD_SIZE={world} in the environment contradict each "
+                         "other; unset them, or start with torchrun")
     return rank, world, local
 
 
@@ -1166,8 +1171,9 @@ def start_runtime(device="auto", precision="auto", seed=0):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and gpus:
-        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus:
-            raise UsageError(f"{world} processes, but {gpus} GPUs; start as many as there are")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if here > gpus:
+            raise UsageError(f"{here} processes on a machine with {gpus} GPUs; start one per GPU")
         device = f"cuda:{local}"
     elif device.startswith("cuda:") and world > 1:
         raise UsageError(f"--device {device}: {world} processes need a GPU each; give cuda")
@@ -1216,7 +1222,7 @@ def prefetch(function, items, workers=2):
 # ---- running a stage -------------------------------------------------------------------------
 
 def run_stage(main, args):
-    """Run a stage's main(args) and exit. What a user can cause ends in one line on stderr."""
+    """Run a stage's main(args) and exit. Errors that a user can cause end in one line on stderr."""
     # a batch system's SIGTERM ends a stage as Ctrl-C does; a background job ignores Ctrl-C
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
                if signal.getsignal(number) != signal.SIG_IGN]
@@ -1248,8 +1254,8 @@ def run_stage(main, args):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        code, text = 1, (f"out of memory ({first_line(error)[:120]}); a smaller --batch-size, "
-                         "smaller images or --precision bf16 need less")
+        code, text = 1, (f"out of memory ({first_line(error)[:120]}); smaller images, half "
+                         "precision or a smaller --batch-size of windows need less")
     if text and os.environ.get("SPAR_TRACEBACK"):
         traceback.print_exc()
     if text:

@@ -28,23 +28,23 @@ def parse_args(argv=None):
     add("--teacher", type=filled, default="runs/teacher", help="feature maps (%(default)s)")
     add("--images", type=filled, metavar="DIR", help="first run extract_teacher.py on these images "
         "into --teacher, with its defaults")
-    add("--backbone", type=filled, help="of --images (default: siglip2)")
+    add("--backbone", type=filled, help="backbone for --images (default: siglip2)")
     add("--out", type=filled, default="runs/spar", help="folder to write (%(default)s)")
     add("--train-blocks", metavar="N", help="number of last blocks to train (default: 2), or "
         "'all' for the image tower: better on very large images, and three times slower")
     add("--frozen-stride", type=bounded(int, 0), default=0, metavar="N", help="let the frozen "
         "blocks see native windows, N pixels apart: the window's side costs no more than a single "
-        "pass at large images, half of it is better still (default: 0, the whole image)")
+        "pass on large images, half of it is more accurate (default: 0, the whole image)")
     add("--train-only", choices=list(PARTS), help="train only this part: attention inputs or "
         "MLPs of those blocks, or instead the patch projection or the positional embedding")
     add("--partial", action="store_true", help="train on an extraction that is not finished")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=bounded(int, 1), help="passes over the images (default: 10, the paper's; "
-        "20 for less than 1000 feature maps; tiny 8)")
+        "20 for fewer than 1000 feature maps; tiny 8)")
     add("--lr", type=bounded(float, 1e-12, 1e99), help="learning rate (default: 2e-5, the paper's; "
-        "2e-4 for less than 1000 feature maps; tiny 5e-4)")
-    add("--schedule", choices=["constant", "cosine"], help="(default: constant, as published; "
-        "cosine for less than 1000 feature maps, and for tiny)")
+        "2e-4 for fewer than 1000 feature maps; tiny 5e-4)")
+    add("--schedule", choices=["constant", "cosine"], help="of the rate (default: constant; "
+        "cosine for fewer than 1000 feature maps, and for tiny)")
     add("--weight-decay", type=bounded(float, 0, 1000), help="decay of AdamW (default: 1e-4)")
     add("--batch-size", type=bounded(int, 1), metavar="N", help="images per step, in all "
         "processes together (default: one per process, as in the paper)")
@@ -106,7 +106,7 @@ class Recipe:
 
 # tiny is 30 times smaller than the published backbones, and has a fiftieth of the feature maps
 RECIPES = {"tiny": Recipe(epochs=8, lr=5e-4, schedule="cosine")}
-# for less than 1000 feature maps, from which the paper's rate would take hundreds of epochs
+# for fewer than 1000 feature maps, from which the paper's rate would take hundreds of epochs
 SMALL = Recipe(epochs=20, lr=2e-4, schedule="cosine")
 
 
@@ -355,7 +355,8 @@ def train(student, teacher, frozen, recipe, runtime, args):
             save = epoch_ends or time.time() >= saved + args.save_every
             if save or len(pending) == log_every:
                 # AdamW counts no step that GradScaler skipped, since fp16 gradients overflowed
-                updates = int(optimizer.state[parameters[0]].get("step", 0))
+                updates = max((int(state["step"]) for state in optimizer.state.values()),
+                              default=0)
                 pending[-1]["skipped"] = step - updates
                 write_log(log_path, pending, runtime)
                 bar.set_postfix(loss=f"{pending[-1]['loss']:.4f}", skipped=step - updates,
@@ -391,6 +392,8 @@ def load_student(teacher, classes, args, device):
                        "was made; extract the feature maps again, into another folder")
     first, parameters = select_trained(backbone, args.train_blocks, args.train_only)
     backbone.windows = None
+    if stride and backbone.window is None:
+        raise UsageError("--frozen-stride needs a backbone with a native size")
     if stride and not first:
         raise UsageError("--frozen-stride: no block is frozen, so none can see windows; train "
                          "fewer blocks")
@@ -407,7 +410,7 @@ def extract_first(args):
     """Run extract_teacher.py with its defaults for --images, if there are any."""
     if args.images is None:
         if args.backbone:
-            raise UsageError("--backbone goes with --images; else the feature maps decide on it")
+            raise UsageError("--backbone goes with --images; without, the feature maps decide")
         return
     import extract_teacher
     flags = {"--images": args.images, "--out": args.teacher, "--backbone": args.backbone,
@@ -434,6 +437,7 @@ def main(args):
     settings = {
         **dataclasses.asdict(recipe),
         "teacher": teacher.settings,
+        "weights": teacher.settings["weights"],
         "maps": len(teacher.entries),
         "index": teacher.digest,
         "train_blocks": blocks,
@@ -447,9 +451,10 @@ def main(args):
     }
     with locked(out) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:
-            # the last state and the one being written: three float32 per parameter
-            require_room(out, 2 * 12 * size, "training states")
-            keep_settings(out / "spar.json", settings, free=("threads",))
+            # the last state, unless it is there, and the one being written: three float32 each
+            states = 2 - (out / "training_state.pt").exists()
+            require_room(out, states * 12 * size, "training states")
+            keep_settings(out / "spar.json", settings, free=("threads", "teacher"))
             remove_stale_files(out)
         runtime.barrier()
         settings["steps"] = train(student, teacher, frozen, recipe, runtime, args)

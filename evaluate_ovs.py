@@ -20,10 +20,10 @@ from data.flags import (Parser, add_data_flags, add_device_flags, add_selection_
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    positive, share = bounded(int, 1, 10 ** 9), bounded(float, 0, 1)
+    positive, share = bounded(int, 1), bounded(float, 0, 1)
     add_selection_flags(parser)
     add_data_flags(parser)
-    group = parser.add_argument_group("how")
+    group = parser.add_argument_group("inference")
     add = group.add_mutually_exclusive_group().add_argument
     add("--short-side", type=positive, nargs="+", metavar="N",
         help="resize images to a short side of N pixels, and a long one of at most 2048; several "
@@ -47,14 +47,14 @@ def parse_args(argv=None):
         help="less probable pixels become background (default: the benchmark's, else 0)")
     add("--area-threshold", type=share, metavar="P", help="classes with no more than this share "
         "of the foreground are left out (default: the benchmark's, else 0)")
-    add = parser.add_argument_group("what to write").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--json", type=ending(".json"), metavar="FILE", help="the results with every setting")
     add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE",
         help="mIoU against resolution and time")
     add("--save-maps", type=filled, metavar="DIR", help="label maps, overlays with a legend, "
         "PCA images and shares.csv (runs/maps for --images without --masks)")
-    add("--save-student", type=filled, metavar="DIR", help="a file of the authors as a folder "
-        "that open_clip loads; evaluates only with --dataset or --images")
+    add("--save-student", type=filled, metavar="DIR", help="write a --checkpoint of the "
+        "authors as a folder that open_clip loads; evaluate only with --dataset or --images")
     add("--export", type=ending(".onnx"), metavar="FILE",
         help="evaluate nothing: write an ONNX file that labels uint8 images (H, W, 3) of any "
         "size, or without --classes gives features; needs onnx, onnxscript and onnxruntime")
@@ -87,7 +87,7 @@ from tqdm import tqdm
 
 from common import (IGNORE, Stitcher, bilinear_strips, choose_window, default_stride,
                     embed_texts, encode_windows, label_strips, prefetch, prepare, require_finite,
-                    run_stage, start_runtime, stitch_axis, stitched_features, weights_hash)
+                    run_stage, start_runtime, stitch_axis, stitched_features)
 from data.files import RunError, UsageError, fit_to_patches, naming
 from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
                              load_sample)
@@ -100,7 +100,7 @@ from data.selection import (find_datasets, load_models, maps_folder, read_select
 
 
 def confusion_matrix(labels, predictions, count):
-    """Return the pixels by label (rows), if not 255, and prediction: (count, count) int64."""
+    """Count pixels by label (rows) and prediction, without label 255: (count, count) int64."""
     kept = labels != IGNORE
     cells = labels[kept] * count + predictions[kept]
     return torch.bincount(cells, minlength=count * count).view(count, count)
@@ -291,8 +291,8 @@ def choose_methods(selection, runtime, strides=None):
     slide = selection.compare or selection.inference == "sliding-window"
     if selection.inference and selection.compare:
         raise UsageError("--compare shows both kinds of inference; leave out --inference")
-    if selection.stride and not slide:
-        raise UsageError("--stride goes with --inference sliding-window or --compare")
+    if (selection.stride or selection.window) and not slide:
+        raise UsageError("--stride and --window go with --inference sliding-window or --compare")
     pretrained, student, name = load_models(selection, runtime)
     if selection.random_init and not selection.checkpoint:
         runtime.print("RANDOM WEIGHTS (--random-init): times mean something, scores do not")
@@ -361,10 +361,10 @@ class Evaluation:
     maps: Path | None  # folder for label maps
 
     def open(self, state, settings, runtime):
-        """Continue the journal named by all that counts depend on, with a share of what is left."""
+        """Open the journal named by all that counts depend on, and take a share of the rest."""
         method, dataset = self.method, self.dataset
         depends = text_hash([
-            settings, method.label, weights_hash(method.backbone.visual), repr(method.lposs),
+            settings, method.label, method.backbone.digest, repr(method.lposs),
             method.anyup and method.anyup.digest, str(self.size), asdict(self.rule),
             dataset.classes.names, hashlib.sha256(self.texts.cpu().numpy()).hexdigest(),
             files_state(dataset), str(self.maps)])
@@ -387,7 +387,7 @@ class Evaluation:
                   self.dataset.classes)
 
     def count(self, index, labels, predictions, seconds):
-        """Write an image's confusion matrix to the journal, with label 0 where there are none."""
+        """Write an image's confusion matrix to the journal. Without labels, all are 0."""
         labels = torch.zeros_like(predictions) if labels is None else labels
         confusion = confusion_matrix(labels, predictions, len(self.dataset.classes))
         self.journal.count(self.dataset.images[index], confusion, seconds)
@@ -432,15 +432,16 @@ def evaluate(evaluation, runtime, workers=2):
     samples = prefetch(lambda index: load_sample(dataset, index), share, workers)
     progress = tqdm(zip(share, samples), f"{dataset.name}, {evaluation.method.label}", len(share),
                     unit="image", disable=runtime.rank > 0)
-    warm = dataset.masks is None  # no time is reported
+    advised, warm = False, dataset.masks is None  # without masks, no time is reported
     for index, (image, labels, error) in progress:
         if error:
             progress.write(f"left out: {error}")
             evaluation.journal.leave_out(dataset.images[index], error)
             continue
         resized, size = evaluation.size.resize(image), image.shape[-2:]
-        if index == share[0]:
+        if not advised:
             say_large(resized, evaluation.method, progress)
+            advised = True
         if not warm:
             evaluation.predict(index, resized, size)  # not timed
             warm = True
@@ -453,7 +454,7 @@ def evaluate(evaluation, runtime, workers=2):
 
 
 def say_large(image, method, progress):
-    """Print how a single pass over a large image can be made quicker."""
+    """Print how a single pass over a large image can be made faster."""
     height, width = image.shape[-2:]
     tokens = height * width // method.backbone.patch ** 2
     if tokens > 8000 and not method.stride:
@@ -522,7 +523,7 @@ def print_table(results):
         lines.append((name, ["-" if value is None else f"{value:.1f}" for value in values]))
     lines.append(("mIoU", [f"{row['miou']:.1f}" for row in results]))
     if any(abs(row["miou_labelled"] - row["miou"]) > 1e-9 for row in results):
-        # a class that no mask holds counts as 0 for a single wrong pixel
+        # a single wrong pixel gives a class that no mask holds an IoU of 0
         lines.append(("mIoU, labelled", [f"{row['miou_labelled']:.1f}" for row in results]))
     lines.append(("pixel accuracy", [f"{row['pixel_accuracy']:.1f}" for row in results]))
     lines.append(("seconds/image", [f"{row['seconds_per_image']:.3f}" for row in results]))

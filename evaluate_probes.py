@@ -19,7 +19,7 @@ from data.flags import (Parser, add_data_flags, add_device_flags, add_selection_
 
 
 def parse_args(argv=None):
-    parser, positive, share = Parser(__doc__), bounded(int, 1, 10 ** 9), bounded(float, 1e-6, 1)
+    parser, positive, share = Parser(__doc__), bounded(int, 1), bounded(float, 1e-6, 1)
     add = parser.add_argument_group("probes").add_argument
     probes = ["knn", "linear", "panoptic"]
     add("--probe", nargs="+", choices=probes, default=probes, help="(default: all three)")
@@ -40,13 +40,13 @@ def parse_args(argv=None):
         help="repeat what is random with each seed, and show mean and deviation (%(default)s)")
     add_selection_flags(parser)
     add_data_flags(parser)
-    add = parser.add_argument_group("learnt from what").add_argument
+    add = parser.add_argument_group("training data").add_argument
     add("--train-images", type=filled, metavar="DIR", help="your own images to learn from "
         "(default: two folds over --images, each half learnt from the other)")
     add("--train-masks", type=filled, metavar="DIR", help="their masks")
     add("--head", type=filled, metavar="FILE",
         help="train nothing: label --images by this linear head, into --save-maps (runs/maps)")
-    add = parser.add_argument_group("what to write").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--json", type=ending(".json"), metavar="FILE", help="the results with every setting")
     add("--save-maps", type=filled, metavar="DIR", help="label maps of knn and linear, PCA images")
     add("--heads", type=filled, default="runs/heads", metavar="DIR",
@@ -151,7 +151,7 @@ class Prober:
         test, classes = fold.test, fold.test.dataset.classes
         test.keep(fold.score)
         stuff = set(range(len(classes))) - test.dataset.things
-        counts, images = torch.zeros(2, 4, len(classes)), 0
+        counts, images = torch.zeros(2, 4, len(classes), dtype=torch.float64), 0
         for pooled, areas, true in pooled_segments(test, test.share(fold.score)):
             names = (F.normalize(pooled, dim=-1) @ self.texts.T).argmax(1)  # (S, D) @ (D, N)
             found = classes.class_of_name[names.cpu()]
@@ -238,7 +238,8 @@ def apply_head(args):
     methods = open_methods(read_selection(args), about["crop"], runtime)
     if len(methods) > 1:
         raise UsageError("--head takes one method: leave out --compare, and give one --stride")
-    dataset = own_images(args.images, None, Classes(about["classes"]), args.limit)
+    classes = Classes(about["classes"], about.get("background", False))
+    dataset = own_images(args.images, None, classes, args.limit)
     features = Features(methods[0], dataset, runtime, args.workers, Path(args.state))
     now = describe_head(features, about["crop"])
     for key in ("weights", "stride", "window"):  # on which features depend
@@ -259,8 +260,13 @@ def check_flags(args):
     own = args.masks and args.classes and not args.dataset
     if args.crop and "linear" not in args.probe:
         raise UsageError("--crop goes with --probe linear")
-    if args.head and (args.masks or not args.images):
-        raise UsageError("--head labels --images, without --masks")
+    if args.head and not args.images:
+        raise UsageError("--head labels --images")
+    for flag in ("masks", "dataset", "classes", "background", "json", "train_images"):
+        if args.head and getattr(args, flag):
+            raise UsageError(f"--head would ignore --{flag.replace('_', '-')}; leave it out")
+    if args.dataset and (args.masks or args.background):
+        raise UsageError("--masks and --background go with --images")
     if bool(args.train_images) != bool(args.train_masks):
         raise UsageError("--train-images and --train-masks go together")
     if args.train_images and not args.images:
@@ -301,8 +307,6 @@ def choose_settings(args):
     return Settings(**chosen)
 
 
-
-
 def open_methods(selection, crop, runtime):
     """Return the methods that the probes compare."""
     methods = choose_methods(selection, runtime,
@@ -325,6 +329,10 @@ def open_prober(args, settings, described, datasets, methods):
     name = Path(test.name).name[:40]  # so that no path is too long
     # a fold that was finished without maps is not finished where maps are wanted
     state = Path(args.state) / text_hash([digest, args.save_maps])[:12]
+    # a head does not depend on the settings of kNN, nor on how many heads there are
+    others = ("k", "temperature", "bank_size", "train_share", "seeds", "checkpoint")
+    linear = {key: value for key, value in described.items() if key not in others}
+    digest = text_hash([linear, test.classes.names, files])[:12]
     heads = Path(args.heads) / f"{name}-{digest}"
     maps = Path(args.save_maps) if args.save_maps else None
     features = Path(args.keep_features or state / "features")

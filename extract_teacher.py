@@ -14,7 +14,7 @@ from data.flags import Parser, add_backbone_flags, add_device_flags, bounded, fi
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    positive, probability = bounded(int, 1, 10 ** 9), bounded(float, 0, 1)
+    positive, probability = bounded(int, 1), bounded(float, 0, 1)
     add = parser.add_argument_group("what").add_argument
     add("--images", type=filled, help="folder of jpg, jpeg, png and webp images up to 16:1, "
         "searched recursively (default: the demo's training images)")
@@ -22,14 +22,14 @@ def parse_args(argv=None):
     add("--limit", type=positive, help="use only the first LIMIT images")
     add_backbone_flags(parser.add_argument_group("backbone"), "tiny on the demo, else siglip2")
     add = parser.add_argument_group("the teacher").add_argument
-    add("--stride", type=bounded(int, 0, 10 ** 9), help="pixels between windows (default: 1.5 "
+    add("--stride", type=bounded(int, 0), help="pixels between windows (default: 1.5 "
         "patches, 24 for patches of 16); half of it costs 4 times as much; 0 is a single pass")
     add("--window", type=positive, help="side of the window (default: the backbone's own size)")
     add("--augment", choices=["auto", "paper", "large", "none"], default="auto", help="how images "
-        "are resized, cropped and flipped: as in the paper, but smaller ones than there at their "
-        "own sizes (auto); the next six flags override single values")
-    add("--long-side", type=positive, help="longest side at ratio 1, in pixels")
-    add("--short-side", type=positive, help="longest short side at ratio 1, in pixels")
+        "are resized, cropped and flipped: as in the paper, but images smaller than the paper's "
+        "keep their sizes (auto); the next six flags override single values")
+    add("--long-side", type=positive, help="limit of the long side at ratio 1, in pixels")
+    add("--short-side", type=positive, help="limit of the short side at ratio 1, in pixels")
     add("--ratio", type=bounded(float, 1e-6, 1000), nargs=2, metavar=("LO", "HI"),
         help="range of the random factor that multiplies both")
     add("--min-side", type=positive, help="shortest side; smaller images are enlarged to it")
@@ -41,7 +41,7 @@ def parse_args(argv=None):
         "(%(default)s; a CPU takes as many as its caches hold); reduce it if memory runs out")
     add("--features", choices=["float16", "int8"], default="float16", help="how feature maps are "
         "stored (%(default)s); int8, with a scale per patch, takes half the disk")
-    add("--compile", action="store_true", help="use torch.compile; a CPU needs g++ or clang++")
+    add("--compile", action="store_true", help="use torch.compile, which needs g++ (or CXX)")
     add("--shard", default="1/1", metavar="I/N", help="share I of N, on N machines and one --out")
     add("--strict", action="store_true", help="stop at the first image that cannot be used")
     add_device_flags(parser, seed="seed of the augmentation")
@@ -67,7 +67,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride,
-                    keep_half_weights, load_backbone, open_features, prefetch, run_stage,
+                    convert_weights, load_backbone, open_features, prefetch, run_stage,
                     start_runtime, stitched_features, weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
@@ -114,8 +114,8 @@ def choose_augmentation(args):
 
 def fit_to_images(args, augmentation, sides, window):
     """Return the augmentation and the number of versions for images of these sides (short, long),
-    where flags leave that open. A student should be trained at the sizes that will be segmented,
-    so that images smaller than the paper's keep theirs. An earlier run in the same folder is
+    where flags leave that open. A student should be trained at the sizes that it will segment, so
+    images smaller than the paper's keep their sizes. An earlier run in the same folder is
     continued as it began."""
     path, before = Path(args.out, "teacher.json"), {}
     if path.is_file():
@@ -162,13 +162,13 @@ def plan_augmentation(size, augmentation, patch, seed):
     enlarged = scale * min(size) < augmentation.min_side
     if enlarged:
         scale = augmentation.min_side / min(size)
-    resized, crop = [int(side * scale + 0.5) for side in size], None
+    resized, crop = [max(patch, int(side * scale + 0.5)) for side in size], None
     if rng.uniform() < augmentation.crop_prob and not enlarged:
         kept = [max(augmentation.min_side, rng.uniform(0.4 * side, side)) for side in resized]
         kept = [max(patch, int(side) // patch * patch) for side in kept]
         crop = [int(rng.integers(side - part + 1)) for side, part in zip(resized, kept)] + kept
     else:
-        resized = [max(patch, side // patch * patch) for side in resized]
+        resized = [side // patch * patch for side in resized]
     flip = bool(rng.uniform() < augmentation.flip_prob)
     return {"resize": resized, "crop": crop, "flip": flip}
 
@@ -288,9 +288,10 @@ def load_teacher(args, runtime):
     stride = default_stride(backbone.patch) if args.stride is None else args.stride
     window = choose_window(backbone, args.window, stride)
     if args.compile:
-        compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if not any(map(shutil.which, compilers)):
-            raise UsageError("--compile needs a C++ compiler; install g++ or clang++")
+        compiler = os.environ.get("CXX", "g++")
+        if not shutil.which(compiler):
+            raise UsageError(f"--compile needs a C++ compiler, and there is no {compiler}; install "
+                             "it, or name another one in the variable CXX")
         backbone.encode_dense = torch.compile(backbone.encode_dense, options={"freezing": True})
     weights = "RANDOM" if args.random_init else args.backbone
     runtime.print(f"window {window}, stride {stride}, weights {weights}")
@@ -312,8 +313,10 @@ def report(out, root, jobs, alone):
     index, failures = merge(out, root, alone)
     done = set(jobs).intersection(map(job_of, index))
     print(f"{len(done)} of {len(jobs)} feature maps in {out}")
+    if len(index) > len(done):
+        print(f"{len(index) - len(done)} more of earlier runs are there; distill.py uses them, too")
     if failures:
-        print(f"{len(failures)} could not be made, see failures.jsonl; {failures[0]['error']}")
+        print(f"{len(failures)} failed, see failures.jsonl; the first: {failures[0]['error']}")
     if alone and not done:
         raise RunError("none of the images could be used")
 
@@ -347,21 +350,24 @@ def main(args):
     share = jobs[shard::shards]  # by position alone, so that no two processes share a job
     mine = missing(share[runtime.rank::runtime.world], out, root, backbone.dim)
     images = AugmentedImages(root, augmentation, backbone.patch, args.seed)
-    keep_half_weights(backbone.visual, DTYPES[runtime.precision])
+    convert_weights(backbone.visual, DTYPES[runtime.precision])
     width = backbone.dim + 2 if args.features == "int8" else 2 * backbone.dim
-    need = writers * images.estimate_bytes(mine, width)
+    need = runtime.total(images.estimate_bytes(mine, width))  # of this machine's processes
     there = len(share) - runtime.total(len(mine))
     runtime.print(f"{len(paths)} images in {root}, {there:.0f} of {len(share)} feature maps are "
                   f"there; the others need about {need / 1e9:.2f} GB")
     require_room(out, need, "the missing feature maps")
     encode = lambda pixels: stitched_features(backbone, backbone.normalise(pixels), window,
                                               stride, args.batch_size, runtime.autocast)
+    own = out / f"index{suffix}.jsonl"
+    write_lines(own, read_lines(own))  # without a line that was cut short
     loaded = tqdm(prefetch(images.load, mine, args.workers), total=len(mine), desc="teacher",
                   unit="map", disable=runtime.rank > 0)
     extract(loaded, encode, out, suffix, args.strict, args.features == "int8")
     runtime.barrier()
     if runtime.rank == 0:
         report(out, root, jobs, alone=shards == 1)
+    runtime.barrier()  # distill.py may read the merged lists next
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ measure ("ms"), beside the median of --repeats passes, each summed over the sub-
     python time_inference.py                             # tiny, on a CPU, under a minute
     python time_inference.py --backbone openclip --random-init --sizes 448x448 672x896   # a GPU
 """
-from data.flags import (Parser, add_backbone_flags, add_device_flags, bounded, ending, filled,
-                        parse)
+from data.flags import Parser, add_backbone_flags, add_device_flags, bounded, ending, parse
 
 
 def height_x_width(text):
     """Return "672x896" as (672, 896), as an argparse type."""
     height, width = (bounded(int, 1)(side) for side in text.lower().split("x"))
     return height, width
+
+
+height_x_width.__name__ = "HEIGHTxWIDTH"
 
 
 def parse_args(argv=None):
@@ -34,7 +36,7 @@ def parse_args(argv=None):
     add("--repeats", type=bounded(int, 1), default=5, metavar="N",
         help="measured passes; the first one is the paper's measure (%(default)s)")
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=filled, metavar="FILE", help="write the table to FILE")
+    add("--json", type=ending(".json"), metavar="FILE", help="write the table to FILE")
     add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE", help="plot the times")
     add_device_flags(parser, seed="seed of the pixels and of random weights")
     return parse(parser, argv)
@@ -155,8 +157,6 @@ def curves(rows):
         pixels.append(row["height"] * row["width"])
         milliseconds.append(row["ms_median"])
     return points
-
-
 
 
 def plot(rows, path):

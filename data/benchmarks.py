@@ -54,7 +54,7 @@ def read_classes(source, background=None):
     if os.path.isfile(source):  # also False for a text that is too long for a path
         names = read_class_file(source)
     elif source.endswith((".txt", ".csv", ".json")) or os.sep in source or os.path.isdir(source):
-        raise UsageError(f"{where}: no such file")
+        raise UsageError(f"{where}: no such file (and no name contains {os.sep!r})")
     else:
         where = "classes"
         names = [entry.split("|") for entry in source.split(",")] if source.strip() else []
@@ -292,7 +292,8 @@ def own_images(paths, mask_root, classes, limit=None, name=None):
     root = folders[0] if len(folders) == 1 else Path(os.path.commonpath(
         [folder.absolute() for folder in folders]))
     images = [os.path.relpath(folder / image, root) for path, folder in zip(paths, folders)
-              for image in list_images(path)][:limit]
+              for image in list_images(path)]
+    images = list(dict.fromkeys(images))[:limit]
     if mask_root is None:
         return Dataset(name, root, images, None, None, classes)
     # file systems differ in how they compose accents

@@ -32,8 +32,9 @@ class RunError(Exception):
 
 def is_out_of_memory(error):
     """Return whether an error says that memory ran out, on a CPU or a GPU."""
+    texts = "can't allocate memory", "out of memory", "ALLOC_FAILED"
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "can't allocate memory" in str(error))
+            or any(text in str(error) for text in texts))
 
 
 def first_line(error):
@@ -43,7 +44,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Raise RunError with file and remedy for whatever fails in parsing and first use."""
+    """Turn errors in parsing or first using a file into a RunError that names it and a remedy."""
     try:
         yield
     except (UsageError, RunError):
@@ -70,7 +71,7 @@ def naming(what):
 
 
 def not_written(path, error):
-    """Return the RunError for what a disk refused."""
+    """Return the RunError for a write that failed."""
     return RunError(f"{path} could not be written ({error.strerror or error}); what was finished "
                     "is kept, and the same command continues")
 
@@ -78,7 +79,7 @@ def not_written(path, error):
 @contextlib.contextmanager
 def atomic_path(path, durable=True):
     """Yield a temporary path, which replaces `path` on success. Raise RunError for what the disk
-    refused. durable: a power failure, too, leaves no half a file."""
+    refused. durable: even a power failure leaves no partial file."""
     path = Path(path)
     # each process has a name of its own; the last to finish wins
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
@@ -105,8 +106,7 @@ def remove_stale_files(folder, age=0):
 
 
 def save_array(path, array):
-    """Write an .npy file and return its CRC-32. Whoever reads it checks it, so it need not be
-    durable."""
+    """Write an .npy file and return its CRC-32. Readers check it, so it need not be durable."""
     content = io.BytesIO()
     np.save(content, array)  # into a file, it would miss that a disk is full
     with atomic_path(path, durable=False) as temporary:
@@ -182,7 +182,7 @@ def check_index_entry(entry):
 
 
 def file_state(path):
-    """Return by what a file is recognised: its size, its date and a digest of its bytes."""
+    """Return what identifies a file: its size, its date and a digest of its bytes."""
     stat = os.stat(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -190,7 +190,8 @@ def file_state(path):
 
 
 def is_unchanged(path, state):
-    """Return whether a file is what file_state described; its bytes only count for a new date."""
+    """Return whether a file is what file_state described. Its bytes are compared only if its size
+    or its date changed."""
     if not os.path.isfile(path):
         return False
     stat = os.stat(path)
@@ -224,9 +225,9 @@ def require_room(folder, need, what):
                        f"{free / 1e9:.2f} GB free; give a folder on a larger disk")
 
 
-def keep_settings(path, settings, free=(), flag="--out"):
+def keep_settings(path, settings, free=()):
     """Write a folder's settings at `path` on the first run. Raise UsageError for others later,
-    except in keys that are `free`. flag: what names the folder."""
+    except in keys that are `free`."""
     path = Path(path)
     if not path.exists():
         mine = path.with_name(f".tmp-{secrets.token_hex(8)}")
@@ -240,8 +241,8 @@ def keep_settings(path, settings, free=(), flag="--out"):
     changes = [f"{key} was {before.get(key)!r} and is now {value!r}"
                for key, value in settings.items() if key not in free and before.get(key) != value]
     if changes:
-        raise UsageError(f"{path.parent} was made with other settings: {', '.join(changes)}. "
-                         f"Give another {flag}, or delete that folder")
+        raise UsageError(f"{path.parent} was made with other settings: {', '.join(changes)}. Write "
+                         "to another folder, or delete that one")
     kept = before | {key: settings[key] for key in free}
     if kept != before:
         write_json(path, kept)
@@ -253,7 +254,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def list_images(root):
-    """Return a folder's images, or the given one, as sorted relative paths, at least one."""
+    """Return the sorted relative paths of a folder's images, or of one image. Raise RunError."""
     root, suffixes, unreadable = Path(root), ", ".join(sorted(IMAGE_SUFFIXES)), []
     if root.is_file():
         return [root.name]
@@ -306,8 +307,8 @@ def to_rgb(image):
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         levels = np.asarray(image, np.float64).clip(0, 65535) / 257 + 0.5
         if levels.max() < 64:
-            print(f"warning: {getattr(image, 'filename', 'an image')} uses less than 14 of its 16 "
-                  "bits, and is nearly black; stretch its levels", file=sys.stderr)
+            print(f"warning: {getattr(image, 'filename', 'an image')} uses at most 14 of its 16 "
+                  "bits and is nearly black; stretch its levels", file=sys.stderr)
         image = Image.fromarray(levels.astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -316,13 +317,13 @@ def to_rgb(image):
 
 
 def as_tensor(image):
-    """Return an image of any kind as (3, H, W) uint8. Raise TypeError for what is none."""
+    """Return an image of any kind as (3, H, W) uint8. Raise TypeError for anything else."""
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
-        return torch.from_numpy(image).permute(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if torch.is_tensor(image) and image.dtype == torch.uint8 and len(image) == image.ndim == 3:
         return image
     kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"

@@ -52,7 +52,7 @@ def ending(*suffixes):
 
 
 def add_backbone_flags(group, default):
-    """Add what chooses and loads a backbone. default: how --backbone's help describes its
+    """Add the flags that choose and load a backbone. default: how --backbone's help describes its
     default."""
     add = group.add_argument
     add("--backbone", type=filled, help=f"{BACKBONE_NAMES} ({default})")
@@ -66,7 +66,7 @@ def add_backbone_flags(group, default):
 
 def add_selection_flags(parser):
     """Add the flags of a Selection."""
-    group, positive = parser.add_argument_group("what to evaluate"), bounded(int, 1, 10 ** 9)
+    group, positive = parser.add_argument_group("what to evaluate"), bounded(int, 1)
     add = group.add_argument
     add("--checkpoint", type=filled, help="a student: a folder that distill.py wrote (default: "
         "runs/spar); or, with --backbone, a file with a SPAR state dict of the authors")
@@ -85,7 +85,7 @@ def add_selection_flags(parser):
 
 def add_data_flags(parser):
     """Add the flags of open_datasets."""
-    add = parser.add_argument_group("on what").add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given),"
         " voc21, voc20, cityscapes, ade20k, context60, context59, or all of these six; coco-object,"
         " coco-stuff, or all8")
@@ -100,13 +100,13 @@ def add_data_flags(parser):
     add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between "
         "synonyms, the first line is label 0; or \"cat, grass | lawn, sky\"; with --dataset: "
         "other names for its classes")
-    add("--background", metavar="WORDS", help="of --images: a class 0 before --classes for all "
-        "else, with what that may be: \"wall, floor, road\"")
-    add("--limit", type=bounded(int, 1, 10 ** 9), metavar="N", help="use only the first N images")
+    add("--background", metavar="WORDS", help="with --images: add a class 0 for everything "
+        "else, described by these words: \"wall, floor, road\"")
+    add("--limit", type=bounded(int, 1), metavar="N", help="use only the first N images")
 
 
 def add_device_flags(parser, seed):
-    """Add where and how a stage computes. seed: what --seed is the seed of."""
+    """Add the flags of start_runtime. seed: the help of --seed."""
     add = parser.add_argument_group("device").add_argument
     add("--device", type=filled, default="auto",
         help="auto, cpu, cuda, cuda:1 ... (%(default)s: a GPU if there is one)")

@@ -74,8 +74,8 @@ def write_onnx(args, selection, defaults):
     others = ["--" + name.replace("_", "-") for name, default in vars(defaults).items()
               if name not in EXPORTED and getattr(args, name) != default]
     if others:
-        raise UsageError("--export writes a single pass in float32, with bilinear enlargement "
-                         f"and no thresholds; leave out {', '.join(others)}")
+        raise UsageError("exports are a single pass in float32, with bilinear enlargement and no "
+                         f"thresholds; leave out {', '.join(others)}")
     for flag in ("background", "export_texts"):
         if getattr(args, flag) and not args.classes:
             raise UsageError(f"--{flag.replace('_', '-')} goes with --classes")

@@ -43,7 +43,8 @@ def read_selection(args):
 
 
 def load_models(selection, runtime):
-    """Return the pre-trained backbone and the student, or None, and the name of the former."""
+    """Return the pre-trained backbone and the student, None if not loaded, and the former's
+    name."""
     name, checkpoint, device = selection.backbone, selection.checkpoint, runtime.device
     flags = {key: getattr(selection, key) for key in LOADING}
     pretrained = student = None
@@ -62,7 +63,10 @@ def load_models(selection, runtime):
         teacher, made = read_student(Path(checkpoint), name, selection.compare)
         name = teacher["backbone"]
         runtime.print(f"student {selection.checkpoint} ({made})")
-        flags = {key: flags[key] or teacher.get(key) for key in ("hub_dir", "dinov3_weights")}
+        clone = teacher.get("hub_dir")
+        flags["hub_dir"] = flags["hub_dir"] or (clone if clone and Path(clone).exists() else None)
+        flags["dinov3_weights"] = flags["dinov3_weights"] or teacher.get("dinov3_weights")
+        flags["random_init"] = False
         student = load_backbone(Path(checkpoint).absolute(), device=device, text=True, **flags)
         flags["random_init"] = teacher.get("random_init", False)
     if selection.compare:

@@ -44,7 +44,7 @@ class Teacher:
 
     @property
     def digest(self):
-        """A digest of which images were augmented how, by which a student recognises its maps."""
+        """A digest of the images and their augmentations, which identifies the feature maps."""
         entries = [{key: value for key, value in entry.items() if key != "stat"}
                    for entry in self.entries]
         return text_hash(entries)[:16]

@@ -25,7 +25,7 @@ BACKGROUND = (90, 90, 90)
 
 @functools.cache
 def distinct_colours(count=255):
-    """Return colours of which each is as far as can be in CIELAB from all before it, from black
+    """Return colours, each as far as possible in CIELAB from all earlier ones and from black
     (ignored pixels), white (the paper) and grey (background): (count, 3) uint8."""
     levels = np.linspace(0, 255, 11).round().astype(np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
@@ -172,9 +172,7 @@ def print_summary(results):
 
 def plot(results, path):
     """Plot mIoU against time, and resolution if it varies, averaged over a method's data sets."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     sweep = len({result_size(result).requested for result in results} - {None}) > 1
     points = {}  # method -> requested number of pixels, or stride -> its results
     for result in results:
@@ -182,8 +180,8 @@ def plot(results, path):
         if not sweep:  # one line through all strides
             label, point = label.replace(f"/{result['stride']}", ""), result["stride"]
         points.setdefault(label, {}).setdefault(point, []).append(result)
-    figure, panels = plt.subplots(1, 1 + sweep, figsize=(6 + 5 * sweep, 4), layout="constrained",
-                                  squeeze=False)
+    figure = Figure(figsize=(6 + 5 * sweep, 4), layout="constrained")
+    panels = figure.subplots(1, 1 + sweep, squeeze=False)
     for position, (label, by_size) in enumerate(points.items()):
         marks = sorted(by_size.items(), key=lambda item: item[0] or 0)
         miou, milliseconds = ([factor * np.mean([result[key] for result in group])

@@ -178,7 +178,7 @@ def use_contrib_attention(model):
 
 
 def check(module, path, ends):
-    """Print how a file's outputs differ from torch's. Raise RunError if they do so too much."""
+    """Print how a file's outputs differ from torch's. Raise RunError if that is too much."""
     import onnxruntime
     try:
         # as bytes, since onnxruntime refuses names that are not UTF-8

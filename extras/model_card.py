@@ -9,7 +9,7 @@ LICENSES = {"tiny": "mit", "openclip": "mit", "dinov3txt": "other"}
 MARKER = "<!-- Generated. Remove this line, and the card will not be rewritten. -->"
 SETTINGS = ("maps", "train_blocks", "train_only", "epochs", "steps", "batch_size", "lr",
             "schedule", "weight_decay", "random_scale", "seed", "precision", "loss_of", "loss")
-LOADING = {  # by library; DINOv3's public code is none
+LOADING = {  # by library; None is DINOv3's public code
     "open_clip": '''import open_clip
 name = "hf-hub:ORG/NAME"  # or local-dir:PATH
 model, _, preprocess = open_clip.create_model_and_transforms(name)
@@ -35,7 +35,7 @@ def write_card(folder, results=()):
             return
     with reading(path.with_name("spar.json"), "run distill.py again"):
         text = card_text(path.parent) + (score_table(results) if results else "")
-    with atomic_path(path) as temporary:  # names of files need not be text
+    with atomic_path(path) as temporary:  # file names may not be valid text
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -52,7 +52,7 @@ def card_text(folder):
                 "license_name": None if library else "dinov3-license"}
     metadata = "\n".join(f"{key}: {value}" for key, value in metadata.items() if value)
     is_folder = Path(backbone.removeprefix("local-dir:")).exists()
-    name = Path(backbone).name if is_folder else backbone  # nobody's folders
+    name = Path(backbone).name if is_folder else backbone  # without anyone's folders
     origin = how_made(settings, name)
     if (folder / "loss.png").is_file():
         origin += "\n\n![The loss over the steps](loss.png)"

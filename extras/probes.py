@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torchvision.transforms.v2 import functional as colour
 from tqdm import tqdm
 
-from common import IGNORE, bilinear_strips, prefetch, prepare, weights_hash
+from common import IGNORE, bilinear_strips, prefetch, prepare
 from data.files import (RunError, atomic_path, free_bytes, nearest_multiple, read_image, reading,
                         save_array)
 from data.benchmarks import nearest_labels, read_mask, true_segments
@@ -53,8 +53,8 @@ class Features:
         self.method, self.dataset = method, dataset
         self.runtime, self.workers = runtime, workers
         self.patch, self.dim = method.backbone.patch, method.backbone.dim
-        depends = [weights_hash(method.backbone.visual), str(method.backbone.windows),
-                   method.stride, method.window, runtime.precision, files_state(dataset)]
+        depends = [method.backbone.digest, method.stride, method.window, runtime.precision,
+                   files_state(dataset)]
         self.keeps = str(keep_in) != "off"
         self.folder = keep_in / text_hash(depends)[:12]
         self.folder_name = method.name.replace("/", "-")
@@ -265,12 +265,13 @@ def train_head(features, indices, settings, seed, state):
 
 
 def describe_head(features, crop):
-    """Return what a linear head's file says of it."""
+    """Return the metadata of a linear head's file."""
     method = features.method
     return {"method": method.name, "backbone": method.origin, "crop": crop,
-            "weights": weights_hash(method.backbone.visual), "stride": method.stride,
+            "weights": method.backbone.digest, "stride": method.stride,
             "window": list(method.window) if method.stride else None,
-            "classes": features.dataset.classes.names}
+            "classes": features.dataset.classes.names,
+            "background": features.dataset.classes.background}
 
 
 def read_head(path, device):
@@ -285,7 +286,7 @@ def read_head(path, device):
             if key not in about:
                 raise ValueError(f"it does not say its {key}")
         if len(about["classes"]) != head.out_features:
-            raise ValueError("it has not one output per class")
+            raise ValueError("it does not have one output per class")
         if not all(value.isfinite().all() for value in tensors.values()):
             raise ValueError("it holds numbers that are not finite")
     return head.requires_grad_(False), about

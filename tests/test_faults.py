@@ -510,4 +510,4 @@ def test_an_image_of_few_of_16_bits_is_said_to_be_dark(tmp_path, capsys):
     for factor, warned in ((1, True), (16, False)):
         Image.fromarray(levels * factor).save(tmp_path / "a.png")
         read_image(tmp_path / "a.png")
-        assert ("a.png uses less than 14" in capsys.readouterr().err) == warned
+        assert ("a.png uses at most 14" in capsys.readouterr().err) == warned
