@@ -88,7 +88,7 @@ from tqdm import tqdm
 from common import (IGNORE, Stitcher, bilinear_strips, choose_window, default_stride,
                     embed_texts, encode_windows, label_strips, prefetch, prepare, require_finite,
                     run_stage, start_runtime, stitch_axis, stitched_features)
-from data.files import RunError, UsageError, fit_to_patches, naming
+from data.files import RunError, UsageError, fit_to_patches, naming, remove_stale_files
 from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
                              load_sample)
 from data.journal import Journal, files_state, text_hash
@@ -575,6 +575,8 @@ def main(args):
     datasets = [open_dataset() for open_dataset in openers]
     labelled = all(dataset.masks is not None for dataset in datasets)
     maps = maps_folder(args.save_maps, args.images, labelled)
+    if maps:
+        remove_stale_files(maps)
     runtime = start_runtime(args.device, args.precision, args.seed)
     methods = open_methods(args, selection, runtime)
     if args.save_student:
