@@ -332,8 +332,8 @@ def open_prober(args, settings, described, datasets, methods):
     # a head does not depend on the settings of kNN, nor on how many heads there are
     others = ("k", "temperature", "bank_size", "train_share", "seeds", "checkpoint")
     linear = {key: value for key, value in described.items() if key not in others}
-    digest = text_hash([linear, test.classes.names, files])[:12]
-    heads = Path(args.heads) / f"{name}-{digest}"
+    learnt = text_hash([linear, test.classes.names, files])[:12]
+    heads = Path(args.heads) / f"{name}-{learnt}"
     maps = Path(args.save_maps) if args.save_maps else None
     features = Path(args.keep_features or state / "features")
     return Prober(settings, texts, state, heads, maps, features)

@@ -23,6 +23,7 @@ def describe_settings(args, selection, methods, runtime):
         "checkpoint": selection.checkpoint, "backbone": methods[0].origin,
         "random_init": args.random_init, "window": list(window) if window else None,
         "positions": methods[-1].backbone.positions,
+        "frozen_windows": str(methods[-1].backbone.windows),
         "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one "
                   "has at most 2048; sides then resampled to multiples of the patch",
         "templates": len(open_clip.OPENAI_IMAGENET_TEMPLATES), "limit": args.limit,
