@@ -781,10 +781,11 @@ def find_weights(architecture, tag):
         if path is None:
             raise FileNotFoundError(f"{place} holds no weights")
         return path
+    if tag and Path(tag).is_file():
+        return tag
+    print(f"{architecture}: fetching the weights, unless they are in the cache", flush=True)
     if kind == "hf-hub":
         return open_clip.pretrained.download_pretrained_from_hf(place)
-    if Path(tag).is_file():
-        return tag
     return open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
 
 
@@ -1199,7 +1200,8 @@ def start_runtime(device="auto", precision="auto", seed=0):
                            "taken, or unset WORLD_SIZE") from None
     runtime = Runtime(device, precision, rank, world)
     share = f"{world} processes" if world > 1 else f"{torch.get_num_threads()} threads"
-    runtime.print(f"device {device}, precision {precision}, {share}")
+    exact = " without TF32" if device.type == "cuda" and precision == "fp32" else ""
+    runtime.print(f"device {device}, precision {precision}{exact}, {share}")
     return runtime
 
 

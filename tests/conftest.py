@@ -155,6 +155,8 @@ class Malicious:
 
 
 def pytest_configure(config):
+    # on a CPU, also where there is a GPU; tests/gpu_check.py is for that
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     config.addinivalue_line("markers", "slow: over a second; -m \"not slow\" leaves these out")
 
 
