@@ -235,6 +235,8 @@ def missing(jobs, out, root, dim):
 
 def extract(loaded, encode, out, suffix, strict, int8):
     """Store the features of what AugmentedImages.load returned, as float16 or int8."""
+    index = out / f"index{suffix}.jsonl"
+    write_lines(index, read_lines(index))  # without a line that was cut short
     for entry, pixels in loaded:
         if pixels is None and strict:
             raise RunError(f"{entry['error']} (--strict)")
@@ -249,8 +251,7 @@ def extract(loaded, encode, out, suffix, strict, int8):
         stored = as_int8(features) if int8 else features.half()
         crc = save_array(out / entry["file"], stored.cpu().contiguous().numpy())
         # after the file, so that every line of the index stands for a complete file
-        append_lines(out / f"index{suffix}.jsonl", entry | {"grid": list(features.shape[:2]),
-                                                            "crc32": crc})
+        append_lines(index, entry | {"grid": list(features.shape[:2]), "crc32": crc})
 
 
 def merge(out, root, alone):
@@ -359,8 +360,6 @@ def main(args):
     require_room(out, need, "the missing feature maps")
     encode = lambda pixels: stitched_features(backbone, backbone.normalise(pixels), window,
                                               stride, args.batch_size, runtime.autocast)
-    own = out / f"index{suffix}.jsonl"
-    write_lines(own, read_lines(own))  # without a line that was cut short
     loaded = tqdm(prefetch(images.load, mine, args.workers), total=len(mine), desc="teacher",
                   unit="map", disable=runtime.rank > 0)
     extract(loaded, encode, out, suffix, args.strict, args.features == "int8")
