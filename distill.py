@@ -424,7 +424,7 @@ def main(args):
     teacher, out = Teacher(args.teacher, args.partial), Path(args.out)
     runtime = start_runtime(args.device, args.precision, args.seed)
     recipe = choose_recipe(args, teacher.loading["name"], len(teacher.entries), runtime.world)
-    classes = read_classes(args.classes) if args.classes else None
+    classes = args.classes and read_classes(args.classes)
     student = load_student(teacher, classes, args, runtime.device)
     size = sum(parameter.numel() for parameter in student.parameters)
     blocks = args.train_blocks or (None if student.first is None else "2")
@@ -436,8 +436,7 @@ def main(args):
     runtime.print(f"frozen tokens are {'stored' if frozen else 'not stored'}: {remark}")
     settings = {
         **dataclasses.asdict(recipe),
-        "teacher": teacher.settings,
-        "weights": teacher.settings["weights"],
+        "teacher": teacher.lasting_settings,
         "maps": len(teacher.entries),
         "index": teacher.digest,
         "train_blocks": blocks,
@@ -451,10 +450,9 @@ def main(args):
     }
     with locked(out) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:
-            # the last state, unless it is there, and the one being written: three float32 each
-            states = 2 - (out / "training_state.pt").exists()
+            states = 2 - (out / "training_state.pt").exists()  # the last, and the one being written
             require_room(out, states * 12 * size, "training states")
-            keep_settings(out / "spar.json", settings, free=("threads", "teacher"))
+            keep_settings(out / "spar.json", settings, free=("threads",))
             remove_stale_files(out)
         runtime.barrier()
         settings["steps"] = train(student, teacher, frozen, recipe, runtime, args)

@@ -73,6 +73,7 @@ from data.files import (RunError, UsageError, append_lines, apply_augmentation, 
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
                         planned_size, read_image, read_index, read_json, read_lines,
                         remove_stale_files, require_room, same_threads, save_array, write_lines)
+from data.teacher import FREE
 
 # ---- augmentation: drawn once, since a feature map belongs to one version of an image --------
 
@@ -341,8 +342,7 @@ def main(args):
     writer, writers = shard * runtime.world + runtime.rank, shards * runtime.world
     suffix = f"-{writer + 1}of{writers}" if writers > 1 else ""  # of this process's lists
     if runtime.rank == 0:
-        keep_settings(out / "teacher.json", settings,
-                      free=("maps", "threads", "torch", "open_clip"))
+        keep_settings(out / "teacher.json", settings, free=FREE)
         if shards == 1:
             merge(out, root, alone=True)
     runtime.barrier()

@@ -15,6 +15,10 @@ from data.files import (RunError, apply_augmentation, is_unchanged, nearest_mult
 from data.journal import text_hash
 
 
+# settings of an extraction on which its feature maps do not depend
+FREE = ("maps", "threads", "torch", "open_clip")
+
+
 def is_finite(values):
     """Return whether float16 values are all finite, ten times faster than torch.isfinite."""
     return bool(((values.view(torch.int16) & 0x7C00) != 0x7C00).all())
@@ -41,6 +45,11 @@ class Teacher:
                            "its extract_teacher.py command makes them, or give --partial to "
                            "train on those that are there")
         self.smallest = min(self.entries, key=lambda entry: math.prod(entry["grid"]))
+
+    @property
+    def lasting_settings(self):
+        """The settings that remain the same when the extraction is run again."""
+        return {key: value for key, value in self.settings.items() if key not in FREE}
 
     @property
     def digest(self):

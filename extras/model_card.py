@@ -87,7 +87,7 @@ def how_made(settings, name):
         return f"Converted from {checkpoint}, a checkpoint of the method's authors."
     teacher = settings["teacher"]
     facts = {"teacher": name, "images": Path(teacher.get("images") or "").name or None,
-             **{key: teacher.get(key) for key in ("window", "stride", "torch", "open_clip")},
+             **{key: teacher.get(key) for key in ("window", "stride")},
              **{key.replace("_", " "): settings.get(key) for key in SETTINGS},
              "frozen blocks": None}
     if settings.get("frozen_stride"):
