@@ -31,6 +31,7 @@ class Classes:
     """Class names in label order."""
     names: list  # the synonyms of each class, of which the first is its title
     background: bool = False  # class 0 is everything else, and thresholds send pixels to it
+    colours: np.ndarray | None = None  # those of its data set, (K, 3)
 
     def __post_init__(self):
         self.titles = [synonyms[0] for synonyms in self.names]
@@ -104,6 +105,11 @@ def check_names(names, where, first):
 OUT_OF_RANGE = -1  # of label ids that the data set does not have
 # Cityscapes has 34 label ids, of which 19 are evaluated; these are in the order of the train ids
 CITYSCAPES_TRAIN_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+CITYSCAPES_COLOURS = [
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153),
+    (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152),
+    (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100),
+    (0, 80, 100), (0, 0, 230), (119, 11, 32)]
 # the 171 ids of COCO-Stuff's pixel maps, things first, in the order of the train ids
 COCO_IDS = sorted(set(range(182)) - {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})
 
@@ -247,7 +253,9 @@ def benchmark_classes(name, source=None):
     """Return the classes of a benchmark, with its own names or those of a source."""
     benchmark, own = BENCHMARKS[name], CLASS_FILES / f"{name}.txt"
     classes = renamed_classes(source or own, benchmark.classes, name, own)
-    return Classes(classes.names, benchmark.background)
+    colours = {"voc21": voc_palette()[:21], "voc20": voc_palette()[1:21],
+               "cityscapes": np.array(CITYSCAPES_COLOURS)}
+    return Classes(classes.names, benchmark.background, colours.get(name))
 
 
 def renamed_classes(source, count, name, own):

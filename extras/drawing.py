@@ -43,11 +43,14 @@ def distinct_colours(count=255):
 
 
 def palette(classes):
-    """Return each class's colour, black for ignored pixels: (256, 3) uint8."""
+    """Return each class's colour, its data set's if that has some, and black for ignored pixels:
+    (256, 3) uint8."""
     colours = np.zeros((256, 3), np.uint8)
     colours[:len(classes)] = distinct_colours()[:len(classes)]
     if classes.background:
         colours[0] = BACKGROUND
+    if classes.colours is not None:
+        colours[:len(classes)] = classes.colours
     return colours
 
 

@@ -25,6 +25,7 @@ from data.benchmarks import (BENCHMARKS, GROUPS, Classes, Dataset, Rule, Size, b
                              read_mask, to_classes, voc_palette)
 from data.journal import Journal
 from evaluate_ovs import Method, choose_rule, label_map
+from extras.drawing import palette
 from extras.lposs import Lposs
 
 SIZES = [(70, 100), (90, 64), (64, 64)]
@@ -590,3 +591,12 @@ def test_reordered_palettes_of_voc_are_read_by_their_colours(root, tmp_path):
     assert torch.equal(read_mask(open_benchmark("voc21", tmp_path), 0), expected)
     assert voc_palette()[[0, 1, 15, 20, 255]].tolist() == [  # background, aeroplane, person, ...
         [0, 0, 0], [128, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+
+
+def test_maps_have_the_colours_of_their_data_set():
+    voc, city = (palette(benchmark_classes(name)) for name in ("voc20", "cityscapes"))
+    assert voc[[0, 14, 255]].tolist() == [[128, 0, 0], [192, 128, 128], [0, 0, 0]]  # person: 14
+    assert city[[0, 10, 18]].tolist() == [[128, 64, 128], [70, 130, 180], [119, 11, 32]]
+    lab = palette(benchmark_classes("ade20k"))[:150].astype(int)
+    apart = np.abs(lab[:, None] - lab[None]).sum(-1) + 1000 * np.eye(150, dtype=int)
+    assert apart.min() > 20 and len(np.unique(lab, axis=0)) == 150

@@ -1,4 +1,4 @@
-"""Windows and stitching against a window-by-window loop in float64 (method.md, "Teacher")."""
+"""Windows and stitching against a window-by-window loop in float64."""
 import itertools
 import math
 
