@@ -211,17 +211,6 @@ class Stitcher:
         return self.out
 
 
-def convert_weights(module, dtype):
-    """Convert the weights of matrix products to a dtype once, where autocast would convert frozen
-    ones in every pass. Results are equal to the last bit."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
-        elif isinstance(part, nn.MultiheadAttention):
-            weight = part.in_proj_weight.to(dtype)
-            part.in_proj_weight = nn.Parameter(weight, requires_grad=False)
-
-
 @torch.no_grad()
 def stitched_features(backbone, image, window, stride, batch_size=60,
                       autocast=contextlib.nullcontext):
@@ -807,7 +796,6 @@ def create_open_clip(config, path, text, device):
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False,
                                        pretrained_text=False, device=device)
     if path is not None and not big_vision:
-        # strictly, where open_clip would resize positions silently
         refuse_parts(path)
         state = open_clip.factory.load_state_dict(str(path))
         state = open_clip.convert.convert_state_dict(model, state)
@@ -816,7 +804,7 @@ def create_open_clip(config, path, text, device):
         if any(key.startswith("_orig_mod.") for key in state):
             raise RunError(f"{path} was saved from a compiled model: remove \"_orig_mod.\" from "
                            "the names of its weights")
-        load_strictly(model.visual, image, path)
+        load_strictly(model.visual, image, path)  # open_clip would resize positions silently
     if path is not None and (text or big_vision):
         open_clip.load_checkpoint(model, str(path))
     return model
@@ -1229,9 +1217,13 @@ def run_stage(main, args):
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
                if signal.getsignal(number) != signal.SIG_IGN]
 
-    def interrupt(number=None, frame=None):
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+    def end_at_once():
+        """Let another signal end the process, without a traceback."""
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    def interrupt(*_):
+        end_at_once()
         raise KeyboardInterrupt
     for number in numbers:
         signal.signal(number, interrupt)
@@ -1262,8 +1254,7 @@ def run_stage(main, args):
         traceback.print_exc()
     if text:
         print(f"error: {text}", file=sys.stderr)
-    for number in numbers:  # another signal, as torchrun sends, prints no traceback
-        signal.signal(number, signal.SIG_DFL)
+    end_at_once()  # torchrun sends signals, too
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)

@@ -431,9 +431,9 @@ def main(args):
     runtime.print(f"{len(teacher.entries)} feature maps; training {size / 1e6:.2f} M parameters ("
                   f"blocks: {blocks or 'none'}, part: {args.train_only or 'all'}) by {recipe}")
     frozen, remark = plan_frozen_tokens(args.cache_frozen, student, teacher, recipe, runtime)
-    if runtime.total(frozen is None):  # all processes store tokens, or none
-        frozen = None
+    frozen = None if runtime.total(frozen is None) else frozen  # all processes store, or none
     runtime.print(f"frozen tokens are {'stored' if frozen else 'not stored'}: {remark}")
+    same_threads(out / "spar.json")
     settings = {
         **dataclasses.asdict(recipe),
         "teacher": teacher.lasting_settings,
@@ -446,7 +446,7 @@ def main(args):
         "precision": runtime.precision,
         "processes": runtime.world,
         "cache_frozen": frozen is not None,
-        "threads": same_threads(out / "spar.json"),
+        "threads": torch.get_num_threads(),
     }
     with locked(out) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:

@@ -92,7 +92,7 @@ from data.files import RunError, UsageError, fit_to_patches, naming, remove_stal
 from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
                              load_sample)
 from data.journal import Journal, files_state, text_hash
-from data.results import describe_settings, write_onnx, write_results
+from data.results import describe_settings, label_of, result_label, write_onnx, write_results
 from data.selection import (find_datasets, load_models, maps_folder, read_selection,
                             say_unknown_words)
 
@@ -245,13 +245,6 @@ class Method:
         if self.anyup is None:
             return bilinear_strips(similarities, size)
         return self.anyup.strips(fit_to_patches(image, self.backbone.patch), similarities, size)
-
-
-def label_of(name, refine="none", upsampler="bilinear"):
-    """Return what a row of the table is called: "spar", "spar +lposs", "single-pass +anyup"."""
-    refined = "" if refine == "none" else f" +{refine}"
-    enlarged = "" if upsampler == "bilinear" else f" +{upsampler}"
-    return name + refined + enlarged
 
 
 def label_map(strip, size, class_of_name, rule=Rule()):
@@ -513,7 +506,7 @@ def conclude(table):
 
 def print_table(results):
     """Print the IoU of each class on one data set at one size, with a column for each method."""
-    labels = [label_of(row["method"], row["refine"], row["upsampler"]) for row in results]
+    labels = list(map(result_label, results))
     names = list(results[0]["per_class_iou"])
     width = max(len("pixel accuracy"), *map(len, names)) + 2
     cell = max(18, *map(len, labels)) + 2

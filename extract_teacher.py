@@ -63,16 +63,17 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride,
-                    convert_weights, load_backbone, open_features, prefetch, run_stage,
-                    start_runtime, stitched_features, weights_hash)
+from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride, load_backbone,
+                    open_features, prefetch, run_stage, start_runtime, stitched_features,
+                    weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
                         is_unchanged, keep_settings, list_images, naming, nearest_multiple,
-                        planned_size, read_image, read_index, read_json, read_lines,
+                        planned_size, read_image, read_index, read_json, read_lines, reading,
                         remove_stale_files, require_room, same_threads, save_array, write_lines)
+from data.benchmarks import image_size
 from data.teacher import FREE
 
 # ---- augmentation: drawn once, since a feature map belongs to one version of an image --------
@@ -97,10 +98,15 @@ PRESETS = {"tiny": {"paper": Augmentation(448, 448, [0.5, 1.0], 128),
                     "large": Augmentation(640, 640, [0.2, 1.0], 128)}}
 
 
+def given_values(args):
+    """Return the values of an Augmentation that flags give."""
+    return {field.name: getattr(args, field.name) for field in fields(Augmentation)
+            if getattr(args, field.name) is not None}
+
+
 def choose_augmentation(args):
     """Return the backbone's preset with the values that flags override, or None for "none"."""
-    given = {field.name: getattr(args, field.name) for field in fields(Augmentation)
-             if getattr(args, field.name) is not None}
+    given = given_values(args)
     if args.augment == "none":
         if given or (args.versions or 1) > 1:
             flag = [*given, "versions"][0].replace("_", "-")
@@ -133,17 +139,16 @@ def fit_to_images(args, augmentation, sides, window):
                   "min_side": min(short, *(window or [augmentation.min_side]))}
         if long < augmentation.long_side or short < augmentation.short_side:
             fitted["ratio"] = [0.7, 1.0]
-    open_fields = [field.name for field in fields(Augmentation)
-                   if getattr(args, field.name) is None and field.name in fitted]
-    return replace(augmentation, **{name: fitted[name] for name in open_fields}), versions
+    with reading(path, "delete that folder"):
+        return replace(augmentation, **fitted | given_values(args)), versions
 
 
 def median_sides(root, paths, samples=200):
     """Return the median short and long side of images, from the headers of some."""
     sides = []
     for path in paths[::max(1, len(paths) // samples)]:
-        with contextlib.suppress(Exception), Image.open(root / path) as header:
-            sides.append(sorted(header.size))
+        with contextlib.suppress(RunError, OSError):
+            sides.append(sorted(image_size(root / path)))
     return np.median(sides or [[2 ** 20, 2 ** 20]], axis=0).astype(int).tolist()
 
 
@@ -211,8 +216,9 @@ class AugmentedImages:
         """Estimate the disk space of some jobs' features, of `width` bytes per cell."""
         sizes = []
         for image, version in jobs[::max(1, len(jobs) // samples)]:
-            with contextlib.suppress(Exception), Image.open(self.root / image) as header:
-                height, width = planned_size(self.plan(image, version, header.size[::-1]))
+            with contextlib.suppress(RunError, OSError):
+                size = image_size(self.root / image)
+                height, width = planned_size(self.plan(image, version, size))
                 cells = height // self.patch * (width // self.patch)
                 sizes.append(cells * width + 128)  # after the header of an .npy file
         return int(np.mean(sizes or [0]) * len(jobs))
@@ -236,8 +242,6 @@ def missing(jobs, out, root, dim):
 
 def extract(loaded, encode, out, suffix, strict, int8):
     """Store the features of what AugmentedImages.load returned, as float16 or int8."""
-    index = out / f"index{suffix}.jsonl"
-    write_lines(index, read_lines(index))  # without a line that was cut short
     for entry, pixels in loaded:
         if pixels is None and strict:
             raise RunError(f"{entry['error']} (--strict)")
@@ -252,7 +256,8 @@ def extract(loaded, encode, out, suffix, strict, int8):
         stored = as_int8(features) if int8 else features.half()
         crc = save_array(out / entry["file"], stored.cpu().contiguous().numpy())
         # after the file, so that every line of the index stands for a complete file
-        append_lines(index, entry | {"grid": list(features.shape[:2]), "crc32": crc})
+        append_lines(out / f"index{suffix}.jsonl",
+                     entry | {"grid": list(features.shape[:2]), "crc32": crc})
 
 
 def merge(out, root, alone):
@@ -306,9 +311,20 @@ def describe(args, runtime, backbone):
         "backbone": args.backbone, **{key: getattr(args, key) for key in LOADING},
         "weights": weights_hash(backbone.visual), "patch": backbone.patch, "dim": backbone.dim,
         "features": args.features, "seed": args.seed, "compile": args.compile,
-        "precision": runtime.precision, "threads": same_threads(Path(args.out, "teacher.json")),
+        "precision": runtime.precision, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "open_clip": open_clip.__version__,
     }
+
+
+def convert_weights(module, dtype):
+    """Convert the weights of matrix products to a dtype once, where autocast would convert frozen
+    ones in every pass. Results are equal to the last bit."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
+        elif isinstance(part, nn.MultiheadAttention):
+            weight = part.in_proj_weight.to(dtype)
+            part.in_proj_weight = nn.Parameter(weight, requires_grad=False)
 
 
 def report(out, root, jobs, alone):
@@ -335,6 +351,7 @@ def main(args):
     runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median), {versions} versions of "
                   f"each, by {augmentation or 'no augmentation'}")
     jobs = [(path, version) for path in paths for version in range(versions)]
+    same_threads(out / "teacher.json")
     settings = describe(args, runtime, backbone) | {
         "stride": stride, "window": list(window) if window else None, "versions": versions,
         "augment": asdict(augmentation) if augmentation else "none", "images": str(root),

@@ -92,9 +92,11 @@ def check_names(names, where, first):
     for number, synonyms in enumerate(names, first):
         place = f"{where}: class {number}" if number else "background"  # which precedes class 1
         for name in synonyms:
-            if not name or name.lower() in seen:
-                raise UsageError(f"{place}: '{name}' is a name of class {seen[name.lower()]}, too; "
-                                 "names must be unique" if name else f"{place}: an empty name")
+            if not name:
+                raise UsageError(f"{place}: an empty name")
+            if name.lower() in seen:
+                raise UsageError(f"{place}: '{name}' is a name of class {seen[name.lower()]}, "
+                                 "too; names must be unique")
             seen[name.lower()] = number
         if number and not first and synonyms[0].lower() == "background":
             raise UsageError(f"{place} is called background, although background words are given")

@@ -145,10 +145,13 @@ def write_lines(path, entries):
 
 
 def append_lines(path, *entries):
-    """Append objects to a .jsonl file in one write, so that processes do not mix their lines."""
+    """Append objects to a .jsonl file in one write, so that processes do not mix their lines. Where
+    the last line was cut short, they begin on a new one."""
     lines = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
     try:
-        with open(path, "ab", buffering=0) as file:
+        with open(path, "a+b", buffering=0) as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                lines = b"\n" + lines
             if file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
@@ -201,13 +204,12 @@ def is_unchanged(path, state):
 
 
 def same_threads(path):
-    """Return how many threads torch has, after setting it to that of the run which wrote the
-    settings at `path`, if any: the last bits of results depend on it."""
-    with reading(path, "delete that folder"):
-        if Path(path).exists():
-            before = read_json(path, "delete that folder").get("threads")
-            torch.set_num_threads(before or torch.get_num_threads())
-    return torch.get_num_threads()
+    """Use as many threads as the run that wrote the settings at `path`, if any: the last bits of
+    results depend on it."""
+    if Path(path).exists():
+        with reading(path, "delete that folder"):
+            threads = read_json(path, "delete that folder").get("threads")
+            torch.set_num_threads(threads or torch.get_num_threads())
 
 
 def free_bytes(folder):

@@ -84,7 +84,7 @@ def add_selection_flags(parser):
 
 
 def add_data_flags(parser):
-    """Add the flags of open_datasets."""
+    """Add the flags of find_datasets."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", type=filled, metavar="NAME", help="demo (default, unless --images is given),"
         " voc21, voc20, cityscapes, ade20k, context60, context59, or all of these six; coco-object,"

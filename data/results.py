@@ -16,6 +16,18 @@ from data.journal import text_hash
 from data.selection import load_models
 
 
+def label_of(name, refine="none", upsampler="bilinear"):
+    """Return what a row of the table is called: "spar", "spar +lposs", "single-pass +anyup"."""
+    refined = "" if refine == "none" else f" +{refine}"
+    enlarged = "" if upsampler == "bilinear" else f" +{upsampler}"
+    return name + refined + enlarged
+
+
+def result_label(result):
+    """Return what an entry of the JSON's results is called."""
+    return label_of(result["method"], result["refine"], result["upsampler"])
+
+
 def describe_settings(args, selection, methods, runtime):
     """Return what all results depend on, apart from the data."""
     window = methods[0].window

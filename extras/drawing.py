@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from data.files import atomic_path
 from data.benchmarks import Size
-from evaluate_ovs import label_of
+from data.results import result_label
 
 BACKGROUND = (90, 90, 90)
 
@@ -143,10 +143,6 @@ def write_shares(table):
 
 
 # ---- results over several data sets and sizes ------------------------------------------------
-
-def result_label(result):
-    return label_of(result["method"], result["refine"], result["upsampler"])
-
 
 def result_size(result):
     return Size(result["short_side"], result["area"])

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from common import BACKBONES, DINOV3, resolve_backbone
 from data.files import UsageError, atomic_path, read_json, reading
+from data.results import result_label
 
 # of the weights that a student continues from; those of the other BACKBONES are apache-2.0
 LICENSES = {"tiny": "mit", "openclip": "mit", "dinov3txt": "other"}
@@ -98,11 +99,10 @@ def how_made(settings, name):
 
 def score_table(results):
     """Return the section of the card that shows results."""
-    from evaluate_ovs import label_of
     rows = [["data", "size", "method", "mIoU", "pixel accuracy", "images"]]
     rows += [[Path(result["dataset"]).name,
               result["short_side"] or result["area"] or "the data's own",
-              label_of(result["method"], result["refine"], result["upsampler"]),
+              result_label(result),
               f"{result['miou']:.1f}", f"{result['pixel_accuracy']:.1f}", result["images"]]
              for result in results]
     return f"\n## Scores, in percent\n\n{table(rows)}\n\n`spar` is this student.\n"

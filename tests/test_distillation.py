@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 import distill
 import extract_teacher
-from common import (as_int8, convert_weights, load_backbone, open_features,
-                    start_runtime)
+from common import as_int8, load_backbone, open_features, start_runtime
 from data.files import RunError, UsageError, read_index, read_lines
 from conftest import SMALL, changed_parameters, extract, files, losses, run, weights
 
@@ -387,7 +386,7 @@ def test_half_weights_change_no_bit(micro, dtype):
     with torch.autocast("cpu", dtype):
         expected = load_backbone(micro).encode_dense(images)
     backbone = load_backbone(micro)
-    convert_weights(backbone.visual, dtype)
+    extract_teacher.convert_weights(backbone.visual, dtype)
     assert backbone.blocks[0].mlp.c_fc.weight.dtype == dtype
     with torch.autocast("cpu", dtype):
         assert torch.equal(backbone.encode_dense(images), expected)

@@ -178,3 +178,13 @@ def test_16_bit_images_become_8_bit(tmp_path):
     levels = np.arange(600).reshape(20, 30) % 256
     Image.fromarray((levels * 257).astype(np.uint16)).save(tmp_path / "16.png")
     assert (files.read_image(tmp_path / "16.png").numpy() == levels).all()
+
+
+def test_lines_after_one_that_was_cut_short_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    files.append_lines(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"b": 2, "c')  # as a killed process leaves it
+    files.append_lines(path, {"d": 4}, {"e": 5})
+    files.append_lines(path, {"f": 6})
+    assert files.read_lines(path) == [{"a": 1}, {"d": 4}, {"e": 5}, {"f": 6}]
