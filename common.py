@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass
@@ -169,6 +170,8 @@ class Stitcher:
         self.column_spans = [self.span(weights) for weights in columns]
         self.rows = rows.to(device, torch.float32)
         self.columns = columns.to(device, torch.float32)
+        # windows of a row per product; a GPU takes longer to start products than to do them
+        self.together = len(columns) if torch.device(device).type == "cuda" else 1
         self.row_sum = self.out = None
         self.next = 0
 
@@ -186,17 +189,20 @@ class Stitcher:
 
     def add(self, maps):
         """Add the next windows in reading order: (n, i, j, C), summed in float32."""
-        for features in maps:
-            row, column = divmod(self.next, len(self.columns))
-            if column == 0:
-                shape = features.shape[0], self.columns.shape[1], features.shape[2]
-                self.row_sum = features.new_zeros(shape, dtype=torch.float32)
-            span = self.column_spans[column]
-            joined = self.columns[column, span] @ features.float()  # (i, W'', C)
+        while len(maps):
+            row, first = divmod(self.next, len(self.columns))
+            if first == 0:
+                shape = maps.shape[1], self.columns.shape[1], maps.shape[3]
+                self.row_sum = maps.new_zeros(shape, dtype=torch.float32)
+            last = min(first + self.together, first + len(maps), len(self.columns))
+            group, maps = maps[:last - first].float(), maps[last - first:]
+            span = slice(self.column_spans[first].start, self.column_spans[last - 1].stop)
+            weights = self.columns[first:last, span].transpose(0, 1).flatten(1)  # (W'', n' * j)
+            joined = weights @ group.transpose(0, 1).flatten(1, 2)  # (i, W'', C)
             self.row_sum[:, span].add_(joined)
-            if column == len(self.columns) - 1:
+            self.next += last - first
+            if last == len(self.columns):
                 self.add_row(row)
-            self.next += 1
 
     def add_row(self, row):
         """Add a row of windows whose columns are joined."""
@@ -1046,10 +1052,11 @@ def bilinear_strips(similarities, size):
     return strip
 
 
-def label_strips(assign, strip, size, names, values=2 ** 21):
+def label_strips(assign, strip, size, class_of_name, values=None):
     """Apply assign(similarities (N, rows, W)) -> labels (rows, W) to all strips: (H, W) int64.
-    values: floats that one strip may hold."""
-    rows = max(1, values // (names * size[1]))
+    class_of_name: (N,). values: floats that a strip may hold; more overflow a CPU's caches."""
+    values = values or (2 ** 25 if class_of_name.is_cuda else 2 ** 21)
+    rows = max(1, values // (len(class_of_name) * size[1]))
     return torch.cat([assign(strip(first, min(first + rows, size[0])))
                       for first in range(0, size[0], rows)])
 
@@ -1077,8 +1084,9 @@ def label_pixels(backbone, image, texts, class_of_name, autocast=contextlib.null
     size = image.shape[-2:]
     features = F.normalize(dense_features(backbone, image, autocast), dim=-1)
     similarities = features @ texts.T  # (h, w, N)
-    return label_strips(lambda strip: class_of_name[strip.argmax(0).cpu()],
-                        bilinear_strips(similarities, size), size, len(class_of_name))
+    class_of_name = class_of_name.to(similarities.device)
+    return label_strips(lambda strip: class_of_name[strip.argmax(0)],
+                        bilinear_strips(similarities, size), size, class_of_name).cpu()
 
 
 # ---- device, precision and processes ---------------------------------------------------------
@@ -1191,6 +1199,13 @@ def start_runtime(device="auto", precision="auto", seed=0):
     exact = " without TF32" if device.type == "cuda" and precision == "fp32" else ""
     runtime.print(f"device {device}, precision {precision}{exact}, {share}")
     return runtime
+
+
+def synchronised_time(device):
+    """Return the time in seconds, once a device has done all that it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def prefetch(function, items, workers=2):

@@ -76,7 +76,6 @@ import functools
 import hashlib
 import itertools
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -87,7 +86,8 @@ from tqdm import tqdm
 
 from common import (IGNORE, Stitcher, bilinear_strips, choose_window, default_stride,
                     embed_texts, encode_windows, label_strips, prefetch, prepare, require_finite,
-                    run_stage, start_runtime, stitch_axis, stitched_features)
+                    run_stage, start_runtime, stitch_axis, stitched_features,
+                    synchronised_time)
 from data.files import RunError, UsageError, fit_to_patches, naming, remove_stale_files
 from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
                              load_sample)
@@ -203,7 +203,7 @@ class Method:
 
     @torch.no_grad()
     def predict(self, image, size, classes, texts, rule=Rule()):
-        """Segment (3, H, W) uint8 by the names' unit vectors (N, D): (*size) int64, on the CPU."""
+        """Segment (3, H, W) uint8 by the names' unit vectors (N, D): (*size) int64."""
         prepared = prepare(self.backbone, image)
         class_of_name = classes.class_of_name.to(prepared.device)
         if self.lposs:
@@ -219,7 +219,7 @@ class Method:
         else:
             features = F.normalize(self.features(prepared), dim=-1)
             strips = self.enlarge(image, features @ texts.T, size)  # of (h, w, N)
-        return label_map(strips, size, class_of_name, rule).cpu()
+        return label_map(strips, size, class_of_name, rule)
 
     def features(self, prepared):
         """Return an image's feature map, as a teacher's is stitched: (H/patch, W/patch, D)."""
@@ -255,9 +255,9 @@ def label_map(strip, size, class_of_name, rule=Rule()):
     def assign(similarities, banned=None):
         allowed = similarities
         if banned is not None:
-            allowed = allowed.masked_fill(banned.to(allowed.device)[:, None, None], -torch.inf)
+            allowed = allowed.masked_fill(banned[:, None, None], -torch.inf)
         best, name = allowed.max(0)  # (rows, W)
-        labels = class_of_name.to(name.device)[name]
+        labels = class_of_name[name]
         # areas are counted before the threshold applies
         if rule.threshold and (banned is not None or not rule.area_threshold):
             logits = rule.logit_scale * similarities
@@ -265,14 +265,14 @@ def label_map(strip, size, class_of_name, rule=Rule()):
             labels[probability < rule.threshold] = 0
         return labels
 
-    labels = label_strips(assign, strip, size, len(class_of_name))
+    labels = label_strips(assign, strip, size, class_of_name)
     if rule.area_threshold:
         count = int(class_of_name[-1]) + 1
-        areas = torch.bincount(labels.flatten().cpu(), minlength=count)
+        areas = torch.bincount(labels.flatten(), minlength=count)
         small = areas <= rule.area_threshold * areas[1:].sum()
         small[0] = False  # the background
-        assign = functools.partial(assign, banned=small.to(class_of_name.device)[class_of_name])
-        labels = label_strips(assign, strip, size, len(class_of_name))
+        assign = functools.partial(assign, banned=small[class_of_name])
+        labels = label_strips(assign, strip, size, class_of_name)
     return labels
 
 
@@ -368,6 +368,13 @@ class Evaluation:
                    if image not in self.journal.done]
         self.share = missing[runtime.rank::runtime.world]
 
+    def load(self, index):
+        """Return what load_sample does, and the image at the size that the backbone sees."""
+        image, labels, error = load_sample(self.dataset, index)
+        patch = self.method.backbone.patch
+        resized = None if error else fit_to_patches(self.size.resize(image), patch)
+        return image, labels, error, resized
+
     def predict(self, index, resized, size):
         with naming(self.dataset.images[index]):
             return self.method.predict(resized, size, self.dataset.classes, self.texts, self.rule)
@@ -382,7 +389,8 @@ class Evaluation:
     def count(self, index, labels, predictions, seconds):
         """Write an image's confusion matrix to the journal. Without labels, all are 0."""
         labels = torch.zeros_like(predictions) if labels is None else labels
-        confusion = confusion_matrix(labels, predictions, len(self.dataset.classes))
+        labels = labels.to(predictions.device)
+        confusion = confusion_matrix(labels, predictions, len(self.dataset.classes)).cpu()
         self.journal.count(self.dataset.images[index], confusion, seconds)
 
     def confusion(self, images=None):
@@ -422,25 +430,25 @@ class Evaluation:
 def evaluate(evaluation, runtime, workers=2):
     """Segment, time and count this process's share of the images."""
     dataset, share = evaluation.dataset, evaluation.share
-    samples = prefetch(lambda index: load_sample(dataset, index), share, workers)
+    samples = prefetch(evaluation.load, share, workers)
     progress = tqdm(zip(share, samples), f"{dataset.name}, {evaluation.method.label}", len(share),
                     unit="image", disable=runtime.rank > 0)
     advised, warm = False, dataset.masks is None  # without masks, no time is reported
-    for index, (image, labels, error) in progress:
+    for index, (image, labels, error, resized) in progress:
         if error:
             progress.write(f"left out: {error}")
             evaluation.journal.leave_out(dataset.images[index], error)
             continue
-        resized, size = evaluation.size.resize(image), image.shape[-2:]
+        size = image.shape[-2:]
         if not advised:
             say_large(resized, evaluation.method, progress)
             advised = True
         if not warm:
             evaluation.predict(index, resized, size)  # not timed
             warm = True
-        started = time.perf_counter()
+        started = synchronised_time(runtime.device)
         predictions = evaluation.predict(index, resized, size)  # (H, W)
-        seconds = time.perf_counter() - started
+        seconds = synchronised_time(runtime.device) - started
         if evaluation.maps:  # before the image counts as done
             evaluation.draw(index, image, predictions, resized)
         evaluation.count(index, labels, predictions, seconds)

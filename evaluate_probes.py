@@ -195,7 +195,7 @@ class Prober:
         for index, logits in logits_of_images:
             labels = read_mask(test.dataset, index)  # (H, W)
             predicted = label_pixels(logits, labels.shape)
-            confusion += confusion_matrix(labels, predicted, count)
+            confusion += confusion_matrix(labels.to(predicted.device), predicted, count).cpu()
             images += 1
             if self.maps:
                 test.draw(self.maps / test.folder_name / probe, index, predicted)

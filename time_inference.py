@@ -49,7 +49,6 @@ import copy
 import platform
 import re
 import statistics
-import time
 from pathlib import Path
 
 import open_clip
@@ -57,14 +56,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (DTYPES, choose_window, cut_windows, default_stride, load_backbone, run_stage,
-                    start_runtime)
+                    start_runtime, synchronised_time)
 from data.files import atomic_path, nearest_multiple, write_json
-
-
-def synchronised_time(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def timed_passes(forward, batch, warmup, repeats, runtime):

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ from data.files import atomic_path
 from data.benchmarks import Size
 from data.results import result_label
 
-BACKGROUND = (90, 90, 90)
+BACKGROUND, WHITE = np.array([(90, 90, 90), (255, 255, 255)], np.uint8)
 
 
 # ---- one image -------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ def distinct_colours(count=255):
     (ignored pixels), white (the paper) and grey (background): (count, 3) uint8."""
     levels = np.linspace(0, 255, 11).round().astype(np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
-    taken = np.array([(0, 0, 0), (255, 255, 255), BACKGROUND], np.uint8)
+    taken = np.array([(0, 0, 0), WHITE, BACKGROUND], np.uint8)
     to_lab = ImageCms.buildTransform(*map(ImageCms.createProfile, ("sRGB", "LAB")), "RGB", "LAB")
     image = Image.fromarray(np.concatenate([candidates, taken])[None])
     lab = np.asarray(ImageCms.applyTransform(image, to_lab))[0]
@@ -60,28 +61,28 @@ def font(size):
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
-def draw_legend(draw, left, top, colour, text, size=12):
-    draw.rectangle([left, top, left + size, top + size], fill=tuple(colour.tolist()))
-    draw.text((left + 1.5 * size, top - size // 6), text, fill="black", font=font(size))
-
-
 def overlay_image(image, labels, classes):
     """Return the image under its class colours, with a legend of the classes and their areas."""
     colours = palette(classes)
     blend = 0.45 * image.permute(1, 2, 0).numpy() + 0.55 * colours[labels.numpy()]
     blend = Image.fromarray(blend.astype(np.uint8))
     areas = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
-    texts = {k: f"{classes.titles[k]}  {100 * areas[k]:.1f} %"
-             for k in areas.argsort(descending=True).tolist() if areas[k] >= 0.001}
+    lines = []  # a colour and a text each; long names take several
+    for k in areas.argsort(descending=True).tolist():
+        texts = textwrap.wrap(f"{classes.titles[k]}  {100 * areas[k]:.1f}\xa0%", width=36)
+        if areas[k] >= 0.001:
+            lines += zip([colours[k], *[WHITE] * len(texts)], texts)
     size = max(12, max(blend.size) // 60)  # of the letters, in pixels
     margin, line = size // 2, 3 * size // 2
-    width = int(max(map(font(size).getlength, texts.values()))) + 2 * line
+    width = int(max(font(size).getlength(text) for _, text in lines)) + 2 * line
     sheet = Image.new("RGB", (blend.width + width + margin,
-                              max(blend.height, line * len(texts) + margin)), "white")
+                              max(blend.height, line * len(lines) + margin)), "white")
     sheet.paste(blend)
     draw = ImageDraw.Draw(sheet)
-    for row, (k, text) in enumerate(texts.items()):
-        draw_legend(draw, blend.width + margin, margin + row * line, colours[k], text, size)
+    for row, (colour, text) in enumerate(lines):
+        left, top = blend.width + margin, margin + row * line
+        draw.rectangle([left, top, left + size, top + size], fill=tuple(colour.tolist()))
+        draw.text((left + line, top - size // 6), text, fill="black", font=font(size))
     return sheet
 
 
@@ -110,6 +111,7 @@ def map_path(folder, name, kind):
 
 def save_maps(folder, name, image, labels, features, classes):
     """Write NAME.labels.png (a palette PNG of class numbers), NAME.overlay.png, NAME.pca.png."""
+    labels = labels.cpu()
     label_image = Image.fromarray(labels.numpy().astype(np.uint8))
     label_image.putpalette(palette(classes).ravel().tolist())
     images = {"labels": label_image, "overlay": overlay_image(image, labels, classes),
@@ -140,6 +142,10 @@ def write_shares(table):
                                               errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", "method", *(f"{t} %" for t in titles)], *lines])
     print(f"maps in {folder}, the share of each class in {path}")
+    now = {map_path(evaluation.maps, name, "labels")
+           for evaluation in table for name in evaluation.journal.done}
+    if before := set(folder.rglob("*.labels.png")) - now:
+        print(f"label maps of earlier runs in {folder}: {len(before)}")
 
 
 # ---- results over several data sets and sizes ------------------------------------------------

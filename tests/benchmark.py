@@ -55,12 +55,13 @@ import distill
 import evaluate_ovs
 import extract_teacher
 from common import (FrozenWindows, NativeViT, Runtime, Stitcher, cut_windows, dense_features,
-                    label_strips, load_backbone, prepare, start_runtime, window_starts)
+                    label_strips, load_backbone, prepare, start_runtime, synchronised_time,
+                    window_starts)
 from data.files import apply_augmentation, read_image, read_index, write_json
 from data.benchmarks import Classes
 from extras.probes import nearest
 from time_inference import (count_flops, machine_and_versions, matrix_product_rate, peak_memory,
-                            reset_peak_memory, synchronised_time)
+                            reset_peak_memory)
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = 2  # blocks
@@ -181,7 +182,7 @@ def stitched_pixels(layout, maps, count, device):
     for _ in range(0, count, len(maps)):
         stitcher.add(maps)
     return label_strips(lambda strip: strip[0].clone(), stitcher.strips(size), size,
-                        maps.shape[-1])
+                        torch.arange(maps.shape[-1], device=device))
 
 
 def measure_stitching(args, work, runtime):
@@ -374,7 +375,7 @@ def measure_evaluation(args, work, runtime):
 
     def whole():
         labels = method.predict(read_image(path), size, classes, texts)
-        evaluate_ovs.confusion_matrix(truth, labels, 150)
+        evaluate_ovs.confusion_matrix(truth.to(labels.device), labels, 150)
 
     @torch.no_grad()
     def encoder():

@@ -96,7 +96,8 @@ def quick_texts(monkeypatch):
     def embed(backbone, names):
         generators = [torch.Generator().manual_seed(sum(map(ord, name))) for name in names]
         return F.normalize(torch.stack([torch.randn(backbone.dim, generator=generator)
-                                        for generator in generators]), dim=-1)
+                                        for generator in generators]),
+                           dim=-1).to(backbone.mean.device)
     monkeypatch.setattr(evaluate_ovs, "embed_texts", embed)
 
 

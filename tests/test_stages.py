@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
@@ -16,7 +17,9 @@ import evaluate_ovs
 import time_inference
 from conftest import (ROOT, SMALL, changed_parameters, command, extract, files, finish,
                       refusal, results, run, save_image, weights)
+from data.benchmarks import Classes
 from data.files import UsageError, read_lines
+from extras.drawing import overlay_image
 
 STAGES = ("extract_teacher", "distill", "evaluate_ovs", "evaluate_probes", "time_inference")
 
@@ -113,9 +116,19 @@ def test_what_makes_results_poor_or_slow_is_said(tmp_path, photos, capsys):
     captured = capsys.readouterr()
     assert "tiny never learnt crossing, zebra" in captured.out
     assert "--short-side" not in captured.out + captured.err
+    assert "earlier runs" not in captured.out
     run(evaluate_ovs, *flags, "--images", tmp_path / "large.png", "--classes", "sky, red ball")
     captured = capsys.readouterr()
-    assert "never learnt" not in captured.out and "8125 patches" in captured.out + captured.err
+    assert "never learnt" not in captured.out and "8100 patches" in captured.out + captured.err
+    assert f"label maps of earlier runs in {tmp_path / 'maps'}: 1\n" in captured.out
+
+
+def test_a_long_name_takes_several_lines_of_the_legend():
+    image, labels = torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(40, 60).long()
+    labels[:, 30:] = 1
+    short = overlay_image(image, labels, Classes([["sky"], ["cat"]]))
+    long = overlay_image(image, labels, Classes([["sky"], ["a cat that sleeps " * 20]]))
+    assert long.width < 400 and long.height > 10 * 18 > short.height
 
 
 def test_a_class_that_no_mask_holds_is_left_out_of_a_second_mean(student, tmp_path, capsys):
