@@ -35,7 +35,8 @@ def parse_args(argv=None):
     add("--min-side", type=positive, help="shortest side; smaller images are enlarged to it")
     add("--crop-prob", type=probability, help="probability of a crop")
     add("--flip-prob", type=probability, help="probability of a horizontal flip")
-    add("--versions", type=positive, help="augmented versions per image (1, but 3 on the demo)")
+    add("--versions", type=positive, help="augmented versions per image (1, but 3 on the "
+        "demo); 2 train better on few images")
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch-size", type=positive, default=60, help="most windows per forward pass "
         "(%(default)s; a CPU takes as many as its caches hold); reduce it if memory runs out")
