@@ -15,13 +15,11 @@ import json
 import logging
 import math
 import os
-import pickle
 import shlex
 import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -247,8 +245,6 @@ def open_features(path):
     Raise RunError."""
     with reading(path, "delete it and run extract_teacher.py again"):
         features = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(features, np.ndarray):
-            raise ValueError("a zip file, not an .npy file")
         if features.dtype == np.int8 and features.ndim == 3:
             step = features[..., -2:].copy().view(np.float16).astype(np.float32)
             features = (features[..., :-2] * step).astype(np.float16)
@@ -399,7 +395,8 @@ class Backbone(nn.Module):
             first, patches = tokens.split([tokens.shape[1] - grid[0] * grid[1],
                                            grid[0] * grid[1]], dim=1)
             prefix, count = prefix + first.float().sum(0), count + len(views)
-            stitcher.add(patches.unflatten(1, grid))
+            with torch.autocast(image.device.type, enabled=False):  # sum in float32
+                stitcher.add(patches.unflatten(1, grid))
         return torch.cat([prefix / count, stitcher.result().flatten(0, 1)])
 
     def encode_dense(self, images):
@@ -533,14 +530,12 @@ class NativeViT(Backbone):
     def project(self, tokens, grid):
         visual = self.visual
         patches = tokens if self.pooling == "class token" else tokens[:, 1:]
-        if self.pooling == "attention":  # with a single key, any query gives the value
-            pool = visual.attn_pool
-            query = pool.ln_q(pool.query[:1])
-
-            def pooled(keys):
-                queries = query.expand(keys.shape[0], 1, -1)
-                return pool.attn(queries, keys, keys, need_weights=False)[0]
-            patches = single_tokens(pooled, pool.ln_k(patches))
+        if self.pooling == "attention":  # with a single key, attention returns its value
+            pool, attention = visual.attn_pool, visual.attn_pool.attn
+            joined, separate = attention.in_proj_weight, attention.v_proj_weight
+            weight = separate if joined is None else joined.chunk(3)[2]
+            values = F.linear(pool.ln_k(patches), weight, attention.in_proj_bias.chunk(3)[2])
+            patches = attention.out_proj(values)
         return (visual.ln_post(patches) @ visual.proj).unflatten(1, grid)
 
 
@@ -692,7 +687,6 @@ def is_tipsv2(place):
 
 def resolve_backbone(name):
     """Return open_clip's (model name, pretrained tag or None) for a name. Raise UsageError."""
-    name = str(name)
     if name not in BACKBONES and (Path(name) / "open_clip_config.json").is_file():
         name = f"local-dir:{name}"
     identifier = BACKBONES.get(name, name)
@@ -932,16 +926,10 @@ def build_dinotxt(clone):
 
 def read_tensors(path):
     """Return the tensors of a .safetensors or torch file by name. Nothing in it is executed."""
-    try:
-        with reading(path, "fetch the file again"):
-            if str(path).endswith(".safetensors"):
-                return load_file(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except RunError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-        raise RunError(f"{path} holds objects that cannot be read without running their code; "
-                       "save its state dict alone, as safetensors") from None
+    with reading(path, "fetch it again, or save its state dict alone, as safetensors"):
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     tensors = {}
     if isinstance(state, dict):
@@ -979,10 +967,7 @@ def save_tensors(model, path, header=None):
     tensors = {key: value.detach().cpu().contiguous()
                for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(first_line(error)) from error
+        save_file(tensors, temporary, metadata=header)
         with contextlib.suppress(PermissionError):  # a file system without modes
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
@@ -998,10 +983,10 @@ def weights_hash(module):
 # ---- prompts, dense features and segmentation ------------------------------------------------
 
 @torch.no_grad()
-def embed_texts(backbone, names, templates=None, chunk=256):
+def embed_texts(backbone, names, chunk=256):
     """Return one unit vector per class name, (N, D) float32: normalised prompt embeddings,
-    averaged over the templates (open_clip's 80 by default; functions of a name), normalised."""
-    templates = templates or open_clip.OPENAI_IMAGENET_TEMPLATES
+    averaged over open_clip's 80 templates, normalised."""
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
     texts = [template(name) for name in names for template in templates]
     embeddings = torch.cat([backbone.encode_text(texts[first:first + chunk])
                             for first in range(0, len(texts), chunk)])
@@ -1015,16 +1000,13 @@ def prepare(backbone, image):
     return backbone.normalise(fit_to_patches(as_tensor(image), backbone.patch))
 
 
-@torch.no_grad()
 def dense_features(backbone, image, autocast=contextlib.nullcontext):
     """Return single-pass features of an image of any size, comparable with text but not
     L2-normalised: (H/patch, W/patch, D) float32.
 
     image: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8.
     """
-    with autocast():
-        features = backbone.encode_dense(prepare(backbone, image)[None])[0].float()
-    return require_finite(features, backbone)
+    return stitched_features(backbone, prepare(backbone, image), None, 0, autocast=autocast)
 
 
 def require_finite(features, backbone):
@@ -1144,20 +1126,15 @@ class Runtime:
 
 def launcher_ranks():
     """Return (rank, world, local rank) of torchrun's environment, or (0, 1, 0) without one."""
-    values = []
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        try:
-            values.append(int(os.environ.get(name) or default))
-        except ValueError:
-            raise UsageError(f"{name}={os.environ[name]} in the environment is not a whole number; "
-                             "unset it, or start with torchrun") from None
-    rank, world, local = values
-    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+    texts = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not (texts[0] and texts[1]):
         return 0, 1, 0  # left over from something else
-    if not (0 <= rank < world and local >= 0):
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world} in the environment contradict each "
-                         "other; unset them, or start with torchrun")
-    return rank, world, local
+    if all(text.isdecimal() for text in texts if text):
+        rank, world, local = (int(text or 0) for text in texts)
+        if rank < world:
+            return rank, world, local
+    raise UsageError(f"RANK={texts[0]}, WORLD_SIZE={texts[1]}, LOCAL_RANK={texts[2]} in the "
+                     "environment cannot be; unset them, or start with torchrun")
 
 
 def start_runtime(device="auto", precision="auto", seed=0):
@@ -1265,8 +1242,6 @@ def run_stage(main, args):
             raise
         code, text = 1, (f"out of memory ({first_line(error)[:120]}); smaller images, half "
                          "precision or a smaller --batch-size of windows need less")
-    if text and os.environ.get("SPAR_TRACEBACK"):
-        traceback.print_exc()
     if text:
         print(f"error: {text}", file=sys.stderr)
     end_at_once()  # torchrun sends signals, too

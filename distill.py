@@ -71,6 +71,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -84,8 +85,8 @@ from tqdm import tqdm
 
 from common import (FrozenWindows, choose_window, embed_texts, load_backbone, prefetch, run_stage,
                     start_runtime, weights_hash)
-from data.files import (RunError, UsageError, append_lines, atomic_path, first_line, free_bytes,
-                        keep_settings, read_lines, reading, remove_stale_files, require_room,
+from data.files import (RunError, UsageError, append_lines, atomic_path, free_bytes, keep_settings,
+                        read_lines, reading, remove_stale_files, require_room,
                         same_threads, write_json, write_lines)
 from data.benchmarks import read_classes
 from data.teacher import FrozenTokens, Teacher
@@ -147,6 +148,8 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     if auto and largest > 65504 / 4:  # other images may reach more
         return None, f"they reach {largest:g}, too close to the largest float16, 65504"
     root = teacher.folder if auto else where
+    if auto and not os.access(root, os.W_OK):
+        return None, f"{root} cannot be written to"
     frozen = FrozenTokens(root, teacher, student, runtime.precision, example)
     need = frozen.missing_bytes()
     if auto and need > free_bytes(root):
@@ -274,10 +277,7 @@ def save_state(path, step, parameters, optimizer, scaler):
     state = {"step": step, "parameters": [parameter.detach() for parameter in parameters],
              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     with atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # how it reports a full disk
-            raise OSError(first_line(error)) from error
+        torch.save(state, temporary)
 
 
 def write_log(path, pending, runtime):
@@ -392,8 +392,6 @@ def load_student(teacher, classes, args, device):
                        "was made; extract the feature maps again, into another folder")
     first, parameters = select_trained(backbone, args.train_blocks, args.train_only)
     backbone.windows = None
-    if stride and backbone.window is None:
-        raise UsageError("--frozen-stride needs a backbone with a native size")
     if stride and not first:
         raise UsageError("--frozen-stride: no block is frozen, so none can see windows; train "
                          "fewer blocks")

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--crop", type=positive, metavar="N", help="linear: train on random crops of N pixels with "
         "colour jitter and scales of 0.5 to 2, and test on windows of N pixels, as in the paper's "
         "\"repository resolution\": 512, Cityscapes 1024 (default: whole images)")
-    add("--seeds", type=bounded(int, 0, 2 ** 63 - 1), nargs="+", default=[0], metavar="N",
+    add("--seeds", type=bounded(int, 0, 2 ** 43), nargs="+", default=[0], metavar="N",
         help="repeat what is random with each seed, and show mean and deviation (%(default)s)")
     add_selection_flags(parser)
     add_data_flags(parser)
@@ -257,7 +257,6 @@ def apply_head(args):
 
 def check_flags(args):
     """Raise UsageError for flags that do not go together."""
-    own = args.masks and args.classes and not args.dataset
     if args.crop and "linear" not in args.probe:
         raise UsageError("--crop goes with --probe linear")
     if args.head and not args.images:
@@ -265,27 +264,25 @@ def check_flags(args):
     for flag in ("masks", "dataset", "classes", "background", "json", "train_images"):
         if args.head and getattr(args, flag):
             raise UsageError(f"--head would ignore --{flag.replace('_', '-')}; leave it out")
-    if args.dataset and (args.masks or args.background):
-        raise UsageError("--masks and --background go with --images")
     if bool(args.train_images) != bool(args.train_masks):
         raise UsageError("--train-images and --train-masks go together")
     if args.train_images and not args.images:
         raise UsageError("--train-images and --train-masks go with --images")
-    if args.images and not (args.head or own):
-        raise UsageError("--images needs --masks and --classes, and no --dataset")
+    if args.images and not (args.head or args.masks):
+        raise UsageError("--images needs --masks")
 
 
 def find_data(args):
     """Return functions that open the data sets, {"test": ..., "train": ...}, and which of these
     each probe learns from."""
     parts = dict.fromkeys(args.probe, "train")
+    test, *others = find_datasets(args)
     if args.dataset in BENCHMARKS:
         opener = partial(open_benchmark, args.dataset, args.data_root, args.classes, args.limit)
         if "knn" in parts and "trainaug" in BENCHMARKS[args.dataset].layouts:
             parts["knn"] = "trainaug"  # VOC with the labels of SBD, as published
         openers = {part: partial(opener, part) for part in parts.values()}
         return {"test": partial(opener, panoptic="panoptic" in parts), **openers}, parts
-    test, *others = find_datasets(args)
     if others:
         raise UsageError(f"--dataset {args.dataset}: give one data set")
     if not args.train_images:
@@ -325,10 +322,10 @@ def open_prober(args, settings, described, datasets, methods):
         # the last method has a text tower; the student's is the pre-trained one
         texts = embed_texts(methods[-1].backbone, test.classes.flat)
     files = [files_state(dataset) for dataset in datasets.values()]
-    digest = text_hash([described, test.classes.names, files])[:12]
     name = Path(test.name).name[:40]  # so that no path is too long
     # a fold that was finished without maps is not finished where maps are wanted
-    state = Path(args.state) / text_hash([digest, args.save_maps])[:12]
+    state = Path(args.state) / text_hash([described, test.classes.names, files,
+                                           args.save_maps])[:12]
     # a head does not depend on the settings of kNN, nor on how many heads there are
     others = ("k", "temperature", "bank_size", "train_share", "seeds", "checkpoint")
     linear = {key: value for key, value in described.items() if key not in others}

@@ -142,23 +142,15 @@ ROW = ("{height:>5}x{width:<5} {method:>19} {windows:>8} {ms:>10.1f} {ms_median:
        "{tflop:>9.4f} {tflops:>8.3f} {share_of_matrix_rate:>8.1%} {peak_gb:>8.2f} {ratio:>9}")
 
 
-def curves(rows):
-    """Return {method: (pixels, median milliseconds)}, two lists for each."""
-    points = {}
-    for row in sorted(rows, key=lambda row: row["height"] * row["width"]):
-        pixels, milliseconds = points.setdefault(row["method"], ([], []))
-        pixels.append(row["height"] * row["width"])
-        milliseconds.append(row["ms_median"])
-    return points
-
-
 def plot(rows, path):
     """Plot milliseconds against pixels, a line per method, on logarithmic axes."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for method, (pixels, milliseconds) in curves(rows).items():
-        axes.loglog(pixels, milliseconds, marker="o", label=method)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["height"] * row["width"], row["ms_median"])
+                        for row in rows if row["method"] == method)
+        axes.loglog(*zip(*points), marker="o", label=method)
     axes.set(xlabel="pixels", ylabel="milliseconds per image")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 
 
 class UsageError(Exception):
@@ -72,8 +73,9 @@ def naming(what):
 
 def not_written(path, error):
     """Return the RunError for a write that failed."""
-    return RunError(f"{path} could not be written ({error.strerror or error}); what was finished "
-                    "is kept, and the same command continues")
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return RunError(f"{path} could not be written ({reason}); what was finished is kept, and the "
+                    "same command continues")
 
 
 @contextlib.contextmanager
@@ -90,7 +92,8 @@ def atomic_path(path, durable=True):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk, mostly; the old file is still at path
+    # a full disk, mostly, also as torch and safetensors report it; the old file is still at path
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,9 +164,8 @@ def append_lines(path, *entries):
 def read_index(folder):
     """Return extract_teacher.py's index entries, sorted. Raise RunError for a damaged one."""
     entries = {}
-    # the lines of separate writers, index-*.jsonl, are newer than the merged ones
-    for path in sorted(Path(folder).glob("index*.jsonl"),
-                       key=lambda path: (path.name != "index.jsonl", path.name)):
+    # index.jsonl first: the lines of separate writers, index-*.jsonl, are newer
+    for path in sorted(Path(folder).glob("index*.jsonl"), reverse=True):
         with reading(path, "delete that line and run extract_teacher.py again"):
             for entry in read_lines(path):
                 check_index_entry(entry)
@@ -207,9 +209,8 @@ def same_threads(path):
     """Use as many threads as the run that wrote the settings at `path`, if any: the last bits of
     results depend on it."""
     if Path(path).exists():
-        with reading(path, "delete that folder"):
-            threads = read_json(path, "delete that folder").get("threads")
-            torch.set_num_threads(threads or torch.get_num_threads())
+        threads = read_json(path, "delete that folder").get("threads")
+        torch.set_num_threads(threads or torch.get_num_threads())
 
 
 def free_bytes(folder):
@@ -325,7 +326,7 @@ def as_tensor(image):
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if torch.is_tensor(image) and image.dtype == torch.uint8 and len(image) == image.ndim == 3:
         return image
     kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"

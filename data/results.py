@@ -1,6 +1,6 @@
 """Files that evaluate_ovs.py writes: results with their settings, a model as ONNX."""
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ def write_onnx(args, selection, defaults):
     from extras.export_onnx import export, export_texts
     classes = read_classes(args.classes, args.background) if args.classes else None
     runtime = start_runtime("cpu", "fp32", args.seed)
-    pretrained, student, _ = load_models(selection, runtime)
+    pretrained, student, _ = load_models(replace(selection, compare=False), runtime)
     if args.export_texts:
         export_texts(student or pretrained, args.export_texts, classes)
         classes = None

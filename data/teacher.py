@@ -19,11 +19,6 @@ from data.journal import text_hash
 FREE = ("maps", "threads", "torch", "open_clip")
 
 
-def is_finite(values):
-    """Return whether float16 values are all finite, ten times faster than torch.isfinite."""
-    return bool(((values.view(torch.int16) & 0x7C00) != 0x7C00).all())
-
-
 class Teacher:
     """A folder of extract_teacher.py: settings, feature maps, and an index entry for each map."""
 
@@ -77,7 +72,7 @@ class Teacher:
         target = torch.from_numpy(np.array(open_features(path)))
         height, width = planned_size(entry)
         expected = (height // self.patch, width // self.patch, self.dim)
-        if (target.shape != expected or not is_finite(target)
+        if (target.shape != expected or not target.sum(dtype=torch.float32).isfinite()
                 or "crc32" in entry and zlib.crc32(path.read_bytes()) != entry["crc32"]):
             raise RunError(f"{path} does not hold the finite values of shape {expected} that were "
                            "written; delete it and run extract_teacher.py again")
@@ -112,7 +107,8 @@ class FrozenTokens:
         with contextlib.suppress(Exception):  # numpy raises many types for a damaged file
             tokens = torch.from_numpy(np.load(self.path(entry), allow_pickle=False))
             expected = (torch.float16, self.shape(entry))
-            if (tokens.dtype, tokens.shape) == expected and is_finite(tokens):
+            total = tokens.sum(dtype=torch.float32)
+            if (tokens.dtype, tokens.shape) == expected and total.isfinite():
                 return tokens[None]
 
     def keep(self, entry, tokens):

@@ -15,7 +15,7 @@ import evaluate_ovs
 import evaluate_probes
 import extract_teacher
 import time_inference
-from common import FrozenWindows, dense_features, load_backbone, window_starts
+from common import FrozenWindows, Stitcher, dense_features, load_backbone, window_starts
 from conftest import files, losses, run, shaken
 from data.files import RunError, UsageError
 
@@ -73,6 +73,17 @@ def test_a_batch_is_its_images_one_by_one(micro):
     images = torch.randn(3, 3, 96, 128)
     single = torch.cat([backbone.encode_dense(image[None]) for image in images])
     assert torch.allclose(backbone.encode_dense(images), single, atol=1e-6)
+
+
+def test_windows_are_joined_in_float32_under_autocast(micro, monkeypatch):
+    backbone, maps, add = load_backbone(micro), [], Stitcher.add
+    backbone.windows = FrozenWindows(1, (64, 64), 16)
+    monkeypatch.setattr(Stitcher, "add", lambda self, part: maps.append(part) or add(self, part))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens = backbone.tokens_before(1, torch.randn(1, 3, 96, 128))
+    expected = Stitcher.of_features((96, 128), (64, 64), 16, 16)
+    add(expected, torch.cat(maps).float())
+    assert torch.equal(tokens[0, -48:], expected.result().flatten(0, 1))
 
 
 def test_gradients_reach_trained_blocks_only_and_equal_autograd_through_the_loop(micro):
