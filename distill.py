@@ -25,18 +25,19 @@ PARTS = {
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
-    add("--teacher", type=filled, default="runs/teacher", help="feature maps (%(default)s)")
+    add("--teacher", type=filled, default="runs/teacher", help="folder of extract_teacher.py "
+        "(%(default)s)")
     add("--images", type=filled, metavar="DIR", help="first run extract_teacher.py on these images "
         "into --teacher, with its defaults")
     add("--backbone", type=filled, help="backbone for --images (default: siglip2)")
     add("--out", type=filled, default="runs/spar", help="folder to write (%(default)s)")
     add("--train-blocks", metavar="N", help="number of last blocks to train (default: 2), or "
         "'all' for the image tower: better on very large images, and three times slower")
-    add("--frozen-stride", type=bounded(int, 0), default=0, metavar="N", help="let the frozen "
-        "blocks see native windows, N pixels apart: the window's side costs no more than a single "
-        "pass on large images, half of it is more accurate (default: 0, the whole image)")
-    add("--train-only", choices=list(PARTS), help="train only this part: attention inputs or "
-        "MLPs of those blocks, or instead the patch projection or the positional embedding")
+    add("--frozen-stride", type=bounded(int, 0), default=0, metavar="N", help="run the frozen "
+        "blocks on windows of the native size, N pixels apart: the window's side costs no more "
+        "than a single pass on large images, half of it is more accurate (default: 0, no windows)")
+    add("--train-only", choices=list(PARTS), help="train only this part: the queries, keys "
+        "and values or the MLPs of those blocks, the patch projection, the positional embedding")
     add("--partial", action="store_true", help="train on an extraction that is not finished")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=bounded(int, 1), help="passes over the images (default: 10, the paper's; "
@@ -49,7 +50,7 @@ def parse_args(argv=None):
     add("--batch-size", type=bounded(int, 1), metavar="N", help="images per step, in all "
         "processes together (default: one per process, as in the paper)")
     add("--loss", choices=["feature", "similarity"], dest="loss_of", help="compare features "
-        "(default), or their cosine similarities to --classes, which favours the domain of these")
+        "(default), or their cosine similarities to --classes, which favours these names")
     add("--classes", type=filled, metavar="FILE",
         help="names for --loss similarity: one class a line, synonyms separated by commas")
     add("--random-scale", type=bounded(float, 1e-6, 1000), nargs=2, metavar=("LO", "HI"),

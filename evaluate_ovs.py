@@ -32,9 +32,9 @@ def parse_args(argv=None):
         "square of side N instead, so that all cost the same; several make a sweep")
     add = group.add_argument
     add("--upsampler", nargs="+", choices=["bilinear", "anyup"], default=["bilinear"],
-        help="how class similarities reach the pixels; both give two rows each. anyup, for single "
-        "passes, is from torch.hub or --hub-dir, a clone of github.com/wimmerth/anyup; it takes a "
-        "minute per image on a CPU")
+        help="how class similarities are upsampled to pixels; both give two rows each. anyup, for "
+        "single passes, is from torch.hub or --hub-dir, a clone of github.com/wimmerth/anyup; it "
+        "takes a minute per image on a CPU")
     add("--refine", nargs="+", choices=["none", "lposs"], default=["none"], help="label "
         "propagation over patches, without the thresholds of benchmarks; both give two rows each")
     add("--lposs", type=filled, nargs="+", metavar="KEY=VALUE", default=[],

@@ -45,7 +45,7 @@ def parse_args(argv=None):
         "(default: two folds over --images, each half learnt from the other)")
     add("--train-masks", type=filled, metavar="DIR", help="their masks")
     add("--head", type=filled, metavar="FILE",
-        help="train nothing: label --images by this linear head, into --save-maps (runs/maps)")
+        help="do not train, but label --images by this linear head, into --save-maps (runs/maps)")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=ending(".json"), metavar="FILE", help="the results with every setting")
     add("--save-maps", type=filled, metavar="DIR", help="label maps of knn and linear, PCA images")
