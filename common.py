@@ -245,6 +245,8 @@ def open_features(path):
     Raise RunError."""
     with reading(path, "delete it and run extract_teacher.py again"):
         features = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(features, np.ndarray):
+            raise ValueError("a zip file, not an .npy file")
         if features.dtype == np.int8 and features.ndim == 3:
             step = features[..., -2:].copy().view(np.float16).astype(np.float32)
             features = (features[..., :-2] * step).astype(np.float16)

@@ -87,8 +87,8 @@ from tqdm import tqdm
 from common import (FrozenWindows, choose_window, embed_texts, load_backbone, prefetch, run_stage,
                     start_runtime, weights_hash)
 from data.files import (RunError, UsageError, append_lines, atomic_path, free_bytes, keep_settings,
-                        read_lines, reading, remove_stale_files, require_room,
-                        same_threads, write_json, write_lines)
+                        read_lines, reading, remove_stale_files, require_room, same_threads,
+                        save_torch, write_json, write_lines)
 from data.benchmarks import read_classes
 from data.teacher import FrozenTokens, Teacher
 
@@ -275,10 +275,9 @@ def save_state(path, step, parameters, optimizer, scaler):
     if not all(parameter.isfinite().all() for parameter in parameters):
         raise RunError(f"a parameter is not finite after step {step}; {path} keeps the last good "
                        "state. Start again with a lower --lr, in another --out")
-    state = {"step": step, "parameters": [parameter.detach() for parameter in parameters],
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    save_torch(path, {
+        "step": step, "parameters": [parameter.detach() for parameter in parameters],
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
 
 
 def write_log(path, pending, runtime):

@@ -92,8 +92,7 @@ def atomic_path(path, durable=True):
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    # a full disk, mostly, also as torch and safetensors report it; the old file is still at path
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # a full disk, mostly; the old file is still there
         raise not_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,6 +114,15 @@ def save_array(path, array):
     with atomic_path(path, durable=False) as temporary:
         temporary.write_bytes(content.getbuffer())
     return zlib.crc32(content.getbuffer())
+
+
+def save_torch(path, value):
+    """Write a value as torch.save does."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # how it reports a full disk
+            raise OSError(first_line(error)) from error
 
 
 def write_json(path, value):
@@ -209,8 +217,9 @@ def same_threads(path):
     """Use as many threads as the run that wrote the settings at `path`, if any: the last bits of
     results depend on it."""
     if Path(path).exists():
-        threads = read_json(path, "delete that folder").get("threads")
-        torch.set_num_threads(threads or torch.get_num_threads())
+        with reading(path, "delete that folder"):
+            threads = read_json(path, "delete that folder").get("threads")
+            torch.set_num_threads(threads or torch.get_num_threads())
 
 
 def free_bytes(folder):

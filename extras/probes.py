@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as colour
 from tqdm import tqdm
 
 from common import IGNORE, bilinear_strips, prefetch, prepare
-from data.files import (RunError, atomic_path, free_bytes, nearest_multiple, read_image, reading,
-                        save_array)
+from data.files import (RunError, free_bytes, nearest_multiple, read_image, reading, save_array,
+                        save_torch)
 from data.benchmarks import nearest_labels, read_mask, true_segments
 from data.journal import files_state, text_hash
 from evaluate_ovs import label_map, scores
@@ -260,9 +260,8 @@ def train_head(features, indices, settings, seed, state):
         optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps) ** 0.9
         optimizer.step()
         if runtime.rank == 0 and time.monotonic() - saved > 30:
-            with atomic_path(state) as temporary:
-                torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": step + 1}, temporary)
+            save_torch(state, {"head": head.state_dict(), "optimizer": optimizer.state_dict(),
+                               "step": step + 1})
             saved = time.monotonic()
     return head.requires_grad_(False)
 
