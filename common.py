@@ -397,7 +397,8 @@ class Backbone(nn.Module):
             first, patches = tokens.split([tokens.shape[1] - grid[0] * grid[1],
                                            grid[0] * grid[1]], dim=1)
             prefix, count = prefix + first.float().sum(0), count + len(views)
-            with torch.autocast(image.device.type, enabled=False):  # sum in float32
+            kind = image.device.type  # "meta" where FLOP are counted; autocast does not know it
+            with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):  # in float32
                 stitcher.add(patches.unflatten(1, grid))
         return torch.cat([prefix / count, stitcher.result().flatten(0, 1)])
 
