@@ -750,14 +750,9 @@ def read_model_config(name):
 
 def check_model_config(config, path):
     """Return a downloaded configuration without what open_clip 3.3 does not know. Raise RunError
-    for one that would run code, or build unreasonably deep towers."""
+    for one that would run code."""
     with reading(path, "fetch the model's files again"):
-        towers = [tower for tower in config["model_cfg"].values() if isinstance(tower, dict)]
         config["model_cfg"]["vision_cfg"].pop("image_seq_len", None)  # of NaFlex towers
-        layers = [tower.get("layers") for tower in towers]
-        depth = max([count for count in layers if isinstance(count, int)], default=0)
-    if depth > 1000:
-        raise RunError(f"{path} describes towers of {depth} layers; over 1000 must be a mistake")
     if "trust_remote_code" in json.dumps(config):
         raise RunError(f"{path} asks to run Python code of its own (trust_remote_code), which is "
                        "not done; remove that if the model works without it")
@@ -983,6 +978,17 @@ def weights_hash(module):
     return digest.hexdigest()
 
 
+def convert_weights(module, dtype):
+    """Convert the weights of matrix products to a dtype once, where autocast would convert frozen
+    ones in every pass. Results are equal to the last bit."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
+        elif isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
+            weight = part.in_proj_weight.to(dtype)
+            part.in_proj_weight = nn.Parameter(weight, requires_grad=False)
+
+
 # ---- prompts, dense features and segmentation ------------------------------------------------
 
 @torch.no_grad()
@@ -1051,7 +1057,7 @@ def segment(backbone, image, classes, autocast=contextlib.nullcontext):
 
     image: as in dense_features. classes: a list of names, or of lists of synonyms, which are
     embedded once, at the first call that has them."""
-    if isinstance(classes, str):
+    if isinstance(classes, str) or not classes or not all(classes):
         raise TypeError("classes: give a list of names or of lists of synonyms, such as "
                         "['sky', ['grass', 'lawn']]")
     classes = [[names] if isinstance(names, str) else names for names in classes]

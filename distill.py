@@ -86,9 +86,9 @@ from tqdm import tqdm
 
 from common import (FrozenWindows, choose_window, embed_texts, load_backbone, prefetch, run_stage,
                     start_runtime, weights_hash)
-from data.files import (RunError, UsageError, append_lines, atomic_path, free_bytes, keep_settings,
-                        read_lines, reading, remove_stale_files, require_room, same_threads,
-                        save_torch, write_json, write_lines)
+from data.files import (RunError, UsageError, append_lines, atomic_path, free_bytes, in_words,
+                        keep_settings, read_lines, reading, remove_stale_files, require_room,
+                        same_threads, save_torch, write_json, write_lines)
 from data.benchmarks import read_classes
 from data.teacher import FrozenTokens, Teacher
 
@@ -144,7 +144,7 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     if auto and recipe.epochs == 1:
         return None, "a single epoch uses them only once"
     with runtime.autocast():
-        example = frozen_tokens(student, teacher.image(teacher.smallest))
+        example = frozen_tokens(student, teacher.image(teacher.smallest, 1.0, runtime.device))
     largest = example.abs().max().item()
     if auto and largest > 65504 / 4:  # other images may reach more
         return None, f"they reach {largest:g}, too close to the largest float16, 65504"
@@ -156,7 +156,8 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     if auto and need > free_bytes(root):
         return None, f"they need {need / 1e9:.2f} GB, more than the disk of {root} has free"
     require_room(frozen.folder, need, "frozen tokens")
-    return frozen, f"{need / 1e9:.2f} GB are still to be written to {frozen.folder}"
+    rest = f", of which {need / 1e9:.2f} GB are still to be written" if need else ""
+    return frozen, f"in {frozen.folder}{rest}"
 
 
 def epoch_order(count, batch, seed, epoch, rank=0, world=1):
@@ -177,10 +178,10 @@ def batches(teacher, frozen, recipe, runtime, step, workers):
         if recipe.random_scale:
             random = np.random.default_rng((recipe.seed, epoch, index))
             factor = float(random.uniform(*recipe.random_scale))
-        return entry, teacher.image(entry, factor), None, target
+        return entry, teacher.image(entry, factor, runtime.device), None, target
 
     def to_device(value):
-        if runtime.device.type == "cpu" or not torch.is_tensor(value):
+        if not torch.is_tensor(value) or value.device == runtime.device:
             return value
         return value.pin_memory().to(runtime.device, non_blocking=True)
 
@@ -426,11 +427,13 @@ def main(args):
     student = load_student(teacher, classes, args, runtime.device)
     size = sum(parameter.numel() for parameter in student.parameters)
     blocks = args.train_blocks or (None if student.first is None else "2")
-    runtime.print(f"{len(teacher.entries)} feature maps; training {size / 1e6:.2f} M parameters ("
-                  f"blocks: {blocks or 'none'}, part: {args.train_only or 'all'}) by {recipe}")
+    failed = f" ({teacher.failed} failed, see failures.jsonl)" if teacher.failed else ""
+    runtime.print(f"feature maps: {len(teacher.entries)}{failed}; training {size / 1e6:.2f} M "
+                  f"parameters (blocks: {blocks or 'none'}, part: {args.train_only or 'all'}), "
+                  f"{in_words(recipe)}")
     frozen, remark = plan_frozen_tokens(args.cache_frozen, student, teacher, recipe, runtime)
     frozen = None if runtime.total(frozen is None) else frozen  # all processes store, or none
-    runtime.print(f"frozen tokens are {'stored' if frozen else 'not stored'}: {remark}")
+    runtime.print(f"frozen tokens are {'stored' if frozen else 'not stored:'} {remark}")
     same_threads(out / "spar.json")
     settings = {
         **dataclasses.asdict(recipe),
@@ -461,7 +464,7 @@ def main(args):
             with contextlib.suppress(ModuleNotFoundError):  # extras/ may be missing
                 from extras.model_card import write_card
                 write_card(out)
-            print(f"student in {out}: {loading}")
+            print(f"student in {out}, for evaluate_ovs.py --checkpoint {out}; open_clip: {loading}")
 
 
 if __name__ == "__main__":

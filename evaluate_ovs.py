@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--plot", type=ending(".png", ".pdf", ".svg"), metavar="FILE",
         help="mIoU against resolution and time")
     add("--save-maps", type=filled, metavar="DIR", help="label maps, overlays with a legend, "
-        "PCA images and shares.csv (runs/maps for --images without --masks)")
+        "PCA images, shares.csv and classes.csv (runs/maps for --images without --masks)")
     add("--save-student", type=filled, metavar="DIR", help="write a --checkpoint of the "
         "authors as a folder that open_clip loads; evaluate only with --dataset or --images")
     add("--export", type=ending(".onnx"), metavar="FILE",
@@ -84,9 +84,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (IGNORE, Stitcher, bilinear_strips, choose_window, default_stride,
-                    embed_texts, encode_windows, label_strips, prefetch, prepare, require_finite,
-                    run_stage, start_runtime, stitch_axis, stitched_features,
+from common import (DTYPES, IGNORE, Stitcher, bilinear_strips, choose_window, convert_weights,
+                    default_stride, embed_texts, encode_windows, label_strips, prefetch, prepare,
+                    require_finite, run_stage, start_runtime, stitch_axis, stitched_features,
                     synchronised_time)
 from data.files import RunError, UsageError, fit_to_patches, naming, remove_stale_files
 from data.benchmarks import (Dataset, Rule, Size, benchmark_rule, check_data, check_masks,
@@ -440,9 +440,7 @@ def evaluate(evaluation, runtime, workers=2):
             evaluation.journal.leave_out(dataset.images[index], error)
             continue
         size = image.shape[-2:]
-        if not advised:
-            say_large(resized, evaluation.method, progress)
-            advised = True
+        advised = advised or say_large(resized, evaluation.method, progress)
         if not warm:
             evaluation.predict(index, resized, size)  # not timed
             warm = True
@@ -455,13 +453,15 @@ def evaluate(evaluation, runtime, workers=2):
 
 
 def say_large(image, method, progress):
-    """Print how a single pass over a large image can be made faster."""
+    """Print how a single pass over a large image can be made faster. Returns whether it can."""
     height, width = image.shape[-2:]
     tokens = height * width // method.backbone.patch ** 2
-    if tokens > 8000 and not method.stride:
+    large = tokens > 8000 and not method.stride
+    if large:
+        better = "" if method.backbone.windows else ", as is a student of --frozen-stride"
         progress.write(f"{height} x {width} pixels are {tokens} patches, whose attention takes "
-                       "long; --short-side 672 is quicker, as is a student of distill.py "
-                       "--frozen-stride")
+                       f"long; --short-side 672 is quicker{better}")
+    return large
 
 
 def announce(table, state):
@@ -587,6 +587,8 @@ def main(args):
         check_masks(dataset, runtime, args.workers)
         say_unknown_words(methods[0].origin, dataset.classes, runtime)
     settings = describe_settings(args, selection, methods, runtime)
+    for method in methods:
+        convert_weights(method.backbone.visual, DTYPES[runtime.precision])
     tables = plan_tables(args, methods, datasets, maps)
     results = []
     for table in tables:

@@ -73,8 +73,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (default_stride, embed_texts, run_stage, save_tensors, start_runtime,
-                    weights_hash)
+from common import default_stride, embed_texts, run_stage, save_tensors, start_runtime
 from data.files import RunError, UsageError, reading, remove_stale_files, write_json
 from data.benchmarks import (BENCHMARKS, Classes, check_data, check_masks, image_size,
                              open_benchmark, own_images, read_classes, read_mask)
@@ -350,9 +349,7 @@ def main(args):
     methods = open_methods(selection, settings.crop, runtime)
     for dataset in datasets.values():
         check_masks(dataset, runtime, args.workers)
-    hashes = {method.name: weights_hash(method.backbone.visual) for method in methods}
-    described = {**describe_settings(args, selection, methods, runtime), "weights": hashes,
-                 **asdict(settings)}
+    described = describe_settings(args, selection, methods, runtime) | asdict(settings)
     prober = open_prober(args, settings, described, datasets, methods)
     results = []
     for method in methods:

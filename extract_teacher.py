@@ -64,16 +64,16 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, default_stride, load_backbone,
-                    open_features, prefetch, run_stage, start_runtime, stitched_features,
-                    weights_hash)
+from common import (DEMO, DTYPES, LOADING, as_int8, choose_window, convert_weights, default_stride,
+                    load_backbone, open_features, prefetch, run_stage, start_runtime,
+                    stitched_features, weights_hash)
 from data.files import (RunError, UsageError, append_lines, apply_augmentation, file_state,
-                        is_unchanged, keep_settings, list_images, naming, nearest_multiple,
-                        planned_size, read_image, read_index, read_json, read_lines, reading,
-                        remove_stale_files, require_room, same_threads, save_array, write_lines)
+                        in_words, is_unchanged, keep_settings, list_images, naming,
+                        nearest_multiple, planned_size, read_image, read_index, read_json,
+                        read_lines, reading, remove_stale_files, require_room, same_threads,
+                        save_array, write_lines)
 from data.benchmarks import image_size
 from data.teacher import FREE
 
@@ -144,13 +144,14 @@ def fit_to_images(args, augmentation, sides, window):
         return replace(augmentation, **fitted | given_values(args)), versions
 
 
-def median_sides(root, paths, samples=200):
-    """Return the median short and long side of images, from the headers of some."""
+def typical_sides(root, paths, samples=200):
+    """Return the median short and long side of images, and the longest, from some headers."""
     sides = []
     for path in paths[::max(1, len(paths) // samples)]:
         with contextlib.suppress(RunError, OSError):
             sides.append(sorted(image_size(root / path)))
-    return np.median(sides or [[2 ** 20, 2 ** 20]], axis=0).astype(int).tolist()
+    sides = sides or [[2 ** 20, 2 ** 20]]
+    return np.median(sides, axis=0).astype(int).tolist(), np.max(sides, axis=0).tolist()
 
 
 def plan_augmentation(size, augmentation, patch, seed):
@@ -189,6 +190,7 @@ class AugmentedImages:
     augmentation: Augmentation | None
     patch: int
     seed: int
+    device: torch.device  # which resizes the images
 
     def plan(self, image, version, size):
         seed = f"{self.seed}/{version}/{image}"
@@ -209,7 +211,7 @@ class AugmentedImages:
                 raise RunError(f"{path}: {height} x {width} pixels are less than a patch of "
                                f"{self.patch}, or have an aspect ratio above 16:1")
             entry |= {"file": file, **self.plan(image, version, size), **file_state(path)}
-            return entry, apply_augmentation(pixels, entry)
+            return entry, apply_augmentation(pixels.to(self.device), entry)
         except RunError as error:
             return entry | {"error": str(error)}, None
 
@@ -317,21 +319,10 @@ def describe(args, runtime, backbone):
     }
 
 
-def convert_weights(module, dtype):
-    """Convert the weights of matrix products to a dtype once, where autocast would convert frozen
-    ones in every pass. Results are equal to the last bit."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
-        elif isinstance(part, nn.MultiheadAttention):
-            weight = part.in_proj_weight.to(dtype)
-            part.in_proj_weight = nn.Parameter(weight, requires_grad=False)
-
-
 def report(out, root, jobs, alone):
     index, failures = merge(out, root, alone)
     done = set(jobs).intersection(map(job_of, index))
-    print(f"{len(done)} of {len(jobs)} feature maps in {out}")
+    print(f"{len(done)} of {len(jobs)} feature maps, for distill.py --teacher {out}")
     if len(index) > len(done):
         print(f"{len(index) - len(done)} more of earlier runs are there; distill.py uses them, too")
     if failures:
@@ -347,10 +338,11 @@ def main(args):
     root = root.parent if root.is_file() else root
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone, window, stride = load_teacher(args, runtime)
-    sides = median_sides(root, paths)
+    sides, longest = typical_sides(root, paths)
     augmentation, versions = fit_to_images(args, augmentation, sides, window)
-    runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median), {versions} versions of "
-                  f"each, by {augmentation or 'no augmentation'}")
+    runtime.print(f"images of {sides[1]} x {sides[0]} pixels (median; up to {longest[1]} x "
+                  f"{longest[0]}), versions of each: {versions}, augmentation: "
+                  f"{in_words(augmentation) if augmentation else 'none'}")
     jobs = [(path, version) for path in paths for version in range(versions)]
     same_threads(out / "teacher.json")
     settings = describe(args, runtime, backbone) | {
@@ -368,7 +360,7 @@ def main(args):
         (out / f"failures{part}.jsonl").unlink(missing_ok=True)
     share = jobs[shard::shards]  # by position alone, so that no two processes share a job
     mine = missing(share[runtime.rank::runtime.world], out, root, backbone.dim)
-    images = AugmentedImages(root, augmentation, backbone.patch, args.seed)
+    images = AugmentedImages(root, augmentation, backbone.patch, args.seed, runtime.device)
     convert_weights(backbone.visual, DTYPES[runtime.precision])
     width = backbone.dim + 2 if args.features == "int8" else 2 * backbone.dim
     need = runtime.total(images.estimate_bytes(mine, width))  # of this machine's processes

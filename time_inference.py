@@ -55,8 +55,8 @@ import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (DTYPES, choose_window, cut_windows, default_stride, load_backbone, run_stage,
-                    start_runtime, synchronised_time)
+from common import (DTYPES, choose_window, convert_weights, cut_windows, default_stride,
+                    load_backbone, run_stage, start_runtime, synchronised_time)
 from data.files import atomic_path, nearest_multiple, write_json
 
 
@@ -84,8 +84,9 @@ def count_flops(backbone, size):
     """Return the FLOP of encode_dense on one image of (H, W) pixels, two for a multiply-add."""
     empty = {}  # torch counts matrix products and convolutions on a copy without data
     for tensor in (*backbone.parameters(), *backbone.buffers()):
-        empty[id(tensor)] = torch.empty_like(tensor, device="meta",
-                                             requires_grad=tensor.is_floating_point())
+        real = tensor.is_floating_point()
+        empty[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=real,
+                                             dtype=torch.float32 if real else None)
     image = torch.empty(1, 3, *size, device="meta")
     # with gradients, as torch's fused kernel for inference hides its products
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
@@ -173,6 +174,7 @@ def main(args):
     runtime = start_runtime(args.device, args.precision, args.seed)
     backbone = load_backbone(args.backbone, args.random_init, runtime.device,
                              hub_dir=args.hub_dir, dinov3_weights=args.dinov3_weights)
+    convert_weights(backbone.visual, DTYPES[runtime.precision])
     sizes, strides = choose_sizes(args, backbone)
     for stride in strides:
         window = choose_window(backbone, args.window, stride)

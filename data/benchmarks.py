@@ -59,11 +59,12 @@ def read_classes(source, background=None):
     else:
         where = "classes"
         names = [entry.split("|") for entry in source.split(",")] if source.strip() else []
-    if not names:
-        raise UsageError(f"{where}: the list is empty; give one class per line, or a text like "
+    if names and background is not None:
+        names.insert(0, re.split("[,|]", background))
+    if len(names) < 2:
+        problem = "a single class would take every pixel" if names else "the list is empty"
+        raise UsageError(f"{where}: {problem}; give a file with one class per line, or a text like "
                          "\"cat, grass | lawn, sky\"")
-    if background is not None:
-        names.insert(0, background.split(","))
     names = [[name.strip() for name in synonyms] for synonyms in names]
     if len(names) > IGNORE:
         raise UsageError(f"{where}: {len(names)} classes, but labels are one byte, of which "

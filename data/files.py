@@ -3,6 +3,7 @@
 Images are (3, H, W) uint8. Whatever is written stands under a temporary name until it is whole.
 """
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -123,6 +124,12 @@ def save_torch(path, value):
             torch.save(value, temporary)
         except RuntimeError as error:  # how it reports a full disk
             raise OSError(first_line(error)) from error
+
+
+def in_words(settings):
+    """Return the fields of a dataclass in one line: "epochs 8, lr 0.0005"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}"
+                     for name, value in dataclasses.asdict(settings).items())
 
 
 def write_json(path, value):
@@ -263,6 +270,7 @@ def keep_settings(path, settings, free=()):
 # ---- images ----------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+OTHER_SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"}
 
 
 def list_images(root):
@@ -272,7 +280,7 @@ def list_images(root):
         return [root.name]
     if not root.is_dir():
         raise RunError(f"{root}: no such folder; give a folder of {suffixes} images")
-    paths, visited = [], set()
+    paths, visited, others = [], set(), []
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unreadable.append):
         subfolders.sort()
         if os.path.realpath(folder) in visited:  # a link that leads back
@@ -282,6 +290,10 @@ def list_images(root):
         paths += [os.path.relpath(os.path.join(folder, name), root) for name in files
                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
                   and os.path.isfile(os.path.join(folder, name))]
+        others += [name for name in files if os.path.splitext(name)[1].lower() in OTHER_SUFFIXES]
+    if others:
+        print(f"warning: {root}: {len(others)} files such as {others[0]} are left out; convert "
+              f"them to {suffixes}", file=sys.stderr)
     for error in unreadable:
         print(f"warning: {error.filename}: {error.strerror}; its images are left out",
               file=sys.stderr)
@@ -349,12 +361,13 @@ def read_image(path):
         return to_rgb(image)
 
 
-def resize_image(image, size):
-    """Resize (3, H, W) uint8 as published: bilinear without antialiasing, rounded to 8 bits."""
+def resize_image(image, size, antialias=False):
+    """Resize (3, H, W) uint8 bilinearly, rounded to 8 bits; published evaluations do so without
+    antialiasing."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear",
-                            align_corners=False)[0]
+                            align_corners=False, antialias=antialias)[0]
     return resized.round_().to(torch.uint8)
 
 

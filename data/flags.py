@@ -68,8 +68,9 @@ def add_selection_flags(parser):
     """Add the flags of a Selection."""
     group, positive = parser.add_argument_group("what to evaluate"), bounded(int, 1)
     add = group.add_argument
-    add("--checkpoint", type=filled, help="a student: a folder that distill.py wrote (default: "
-        "runs/spar); or, with --backbone, a file with a SPAR state dict of the authors")
+    add("--checkpoint", type=filled, help="a student: a folder that distill.py wrote, or "
+        "hf-hub:ORG/NAME (default: runs/spar); with --backbone, a file with a SPAR state dict of "
+        "the authors")
     add_backbone_flags(group, "to evaluate a pre-trained model; default: none, but the student")
     add("--inference", choices=["single-pass", "sliding-window"], help="(default: single-pass)")
     add("--stride", "--strides", type=positive, nargs="+", metavar="N", help="pixels between "
@@ -78,7 +79,8 @@ def add_selection_flags(parser):
     add("--window", type=positive, metavar="N", help="side of the sliding window in pixels "
         "(default: the image size that the backbone was trained on)")
     add("--compare", action=argparse.BooleanOptionalAction, help="pre-trained single pass, "
-        "pre-trained sliding window and student in one table (default: on for the demo)")
+        "pre-trained sliding window and student in one table (default: on for the demo "
+        "without other flags)")
     add("--batch-size", type=positive, default=60, help="most windows per forward pass "
         "(%(default)s); a CPU takes as many as its caches hold")
 
@@ -101,7 +103,8 @@ def add_data_flags(parser):
         "synonyms, the first line is label 0; or \"cat, grass | lawn, sky\"; with --dataset: "
         "other names for its classes")
     add("--background", metavar="WORDS", help="with --images: add a class 0 for everything "
-        "else, described by these words: \"wall, floor, road\"")
+        "else, described by these words: \"wall, floor, road\"; in --masks, too, the classes then "
+        "start at 1")
     add("--limit", type=bounded(int, 1), metavar="N", help="use only the first N images")
 
 

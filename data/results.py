@@ -31,9 +31,11 @@ def result_label(result):
 def describe_settings(args, selection, methods, runtime):
     """Return what all results depend on, apart from the data."""
     window = methods[0].window
+    hashes = {method.backbone: weights_hash(method.backbone.visual) for method in methods}
     return {
         "checkpoint": selection.checkpoint, "backbone": methods[0].origin,
         "random_init": args.random_init, "window": list(window) if window else None,
+        "weights": {method.label: hashes[method.backbone] for method in methods},
         "positions": methods[-1].backbone.positions,
         "frozen_windows": str(methods[-1].backbone.windows),
         "resize": "bilinear without antialiasing on 8 bits, a short side so that the long one "
@@ -51,12 +53,10 @@ def write_results(args, settings, results, methods, datasets, runtime):
         from extras.drawing import print_summary
         print_summary(results)
     if args.json and results:
-        hashes = {method.backbone: weights_hash(method.backbone.visual) for method in methods}
         lposs = next((method.lposs for method in methods if method.lposs), None)
         anyup = next((method.anyup for method in methods if method.anyup), None)
         names = {dataset.name: dataset.classes.names for dataset in datasets}
         settings = settings | {
-            "weights": {method.label: hashes[method.backbone] for method in methods},
             "upsampler": args.upsampler,
             "anyup": anyup and anyup.digest,
             "refine": args.refine, "lposs": lposs and asdict(lposs),

@@ -34,6 +34,7 @@ def read_selection(args):
         raise UsageError("--save-student goes with a checkpoint of the authors: --backbone NAME "
                          "--checkpoint FILE")
     given = {field.name: getattr(args, field.name) for field in fields(Selection)}
+    given["checkpoint"] = args.checkpoint and args.checkpoint.removeprefix("local-dir:")
     if args.compare is None:
         others = args.images, args.inference, args.backbone, args.checkpoint, args.stride
         given["compare"] = args.dataset in (None, "demo") and not any(others)

@@ -26,7 +26,7 @@ class Teacher:
         self.folder, path = Path(folder), Path(folder) / "teacher.json"
         self.settings = read_json(path, "run extract_teacher.py")
         self.entries = read_index(folder)
-        failures = read_lines(self.folder / "failures.jsonl")
+        self.failed = len(read_lines(self.folder / "failures.jsonl"))
         with reading(path, "run extract_teacher.py again"):
             self.images = Path(self.settings["images"])
             self.patch, self.dim = self.settings["patch"], self.settings["dim"]
@@ -34,7 +34,7 @@ class Teacher:
             self.loading["name"] = str(self.settings["backbone"])
             if self.patch < 1:
                 raise ValueError(f"a patch of {self.patch} pixels")
-            missing = self.settings["maps"] - len(self.entries) - len(failures)
+            missing = self.settings["maps"] - len(self.entries) - self.failed
         if not self.entries or missing > 0 and not partial:
             raise RunError(f"{folder} has {len(self.entries)} feature maps and lacks {missing}; "
                            "its extract_teacher.py command makes them, or give --partial to "
@@ -53,14 +53,14 @@ class Teacher:
                    for entry in self.entries]
         return text_hash(entries)[:16]
 
-    def image(self, entry, factor=1.0):
-        """Return the augmented image, rescaled by a factor: (3, H, W) uint8."""
+    def image(self, entry, factor=1.0, device="cpu"):
+        """Return the augmented image, rescaled by a factor on a device: (3, H, W) uint8."""
         path = self.images / entry["image"]
         if not is_unchanged(path, entry):
             raise RunError(f"{path} is missing, or has changed since its feature map was made; "
                            "run extract_teacher.py again (if its --images was moved, write the "
                            f"new place into {self.folder / 'teacher.json'})")
-        image = apply_augmentation(read_image(path), entry)
+        image = apply_augmentation(read_image(path).to(device), entry)
         if factor == 1:
             return image
         sides = [nearest_multiple(side * factor, self.patch) for side in image.shape[-2:]]

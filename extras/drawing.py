@@ -2,6 +2,7 @@
 
 Images are (3, H, W) uint8, label maps (H, W) int64, feature maps (h, w, D).
 """
+import contextlib
 import csv
 import functools
 import hashlib
@@ -13,6 +14,8 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from data.files import atomic_path
@@ -56,9 +59,17 @@ def palette(classes):
 
 
 @functools.cache
-def font(size):
-    """Return matplotlib's own DejaVu Sans, which has more scripts than Pillow's default."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+def font(size, text):
+    """Return a font with the letters of a text: matplotlib's DejaVu Sans, or one of the system's
+    if only that has them."""
+    usual = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    letters = set(map(ord, text))
+    fonts = [usual] if letters <= FT2Font(usual).get_charmap().keys() else findSystemFonts()
+    for path in sorted(fonts):
+        with contextlib.suppress(RuntimeError, OSError):  # a format that one of the two lacks
+            if letters <= FT2Font(path).get_charmap().keys():
+                return ImageFont.truetype(path, size)
+    return ImageFont.truetype(usual, size)
 
 
 def overlay_image(image, labels, classes):
@@ -74,7 +85,7 @@ def overlay_image(image, labels, classes):
             lines += zip([colours[k], *[WHITE] * len(texts)], texts)
     size = max(12, max(blend.size) // 60)  # of the letters, in pixels
     margin, line = size // 2, 3 * size // 2
-    width = int(max(font(size).getlength(text) for _, text in lines)) + 2 * line
+    width = int(max(font(size, text).getlength(text) for _, text in lines)) + 2 * line
     sheet = Image.new("RGB", (blend.width + width + margin,
                               max(blend.height, line * len(lines) + margin)), "white")
     sheet.paste(blend)
@@ -82,7 +93,7 @@ def overlay_image(image, labels, classes):
     for row, (colour, text) in enumerate(lines):
         left, top = blend.width + margin, margin + row * line
         draw.rectangle([left, top, left + size, top + size], fill=tuple(colour.tolist()))
-        draw.text((left + line, top - size // 6), text, fill="black", font=font(size))
+        draw.text((left + line, top - size // 6), text, fill="black", font=font(size, text))
     return sheet
 
 
@@ -123,11 +134,18 @@ def save_maps(folder, name, image, labels, features, classes):
 
 # ---- what a table of evaluations counted -----------------------------------------------------
 
+def write_csv(path, rows):
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
+                                              errors="surrogateescape") as file:
+        csv.writer(file).writerows(rows)
+
+
 def write_shares(table):
-    """Write which share of each image every class takes to shares.csv beside a table's maps, and
-    print it where there is no score to print."""
+    """Write beside a table's maps which share of each image every class takes (shares.csv) and
+    which number and colour it has (classes.csv). Print shares where there is no score to print."""
     folder = table[0].maps.parent if len(table) > 1 else table[0].maps
-    titles, lines = table[0].dataset.classes.titles, []
+    classes, lines = table[0].dataset.classes, []
+    titles = classes.titles
     for evaluation in table:
         for name in sorted(evaluation.journal.done):
             areas = evaluation.confusion([name]).sum(0)  # of the predictions
@@ -138,14 +156,18 @@ def write_shares(table):
                 print(f"{name} ({evaluation.method.label}): " + ", ".join(
                     f"{title} {area:.1f} %" for area, title in largest if area > 0))
     path = folder / "shares.csv"
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8",
-                                              errors="surrogateescape") as file:
-        csv.writer(file).writerows([["image", "method", *(f"{t} %" for t in titles)], *lines])
+    write_csv(path, [["image", "method", *(f"{title} %" for title in titles)], *lines])
+    legend = folder / "classes.csv"
+    before = legend.read_bytes() if legend.is_file() else None
+    write_csv(legend, [["number", "class", "colour"], *(
+        [number, title, "#" + palette(classes)[number].tobytes().hex()]
+        for number, title in enumerate(titles))])
+    other = ", of other classes" if before not in (None, legend.read_bytes()) else ""
     print(f"maps in {folder}, the share of each class in {path}")
     now = {map_path(evaluation.maps, name, "labels")
            for evaluation in table for name in evaluation.journal.done}
-    if before := set(folder.rglob("*.labels.png")) - now:
-        print(f"label maps of earlier runs in {folder}: {len(before)}")
+    if earlier := set(folder.rglob("*.labels.png")) - now:
+        print(f"label maps of earlier runs in {folder}: {len(earlier)}{other}")
 
 
 # ---- results over several data sets and sizes ------------------------------------------------

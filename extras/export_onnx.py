@@ -93,12 +93,12 @@ def export(backbone, path, classes=None, plain=False):
     if classes:
         texts = embed_texts(backbone, classes.flat)
         module, ends = Segmenter(backbone, texts, classes.class_of_name), ("image", "labels")
-        example, dynamic = torch.zeros(150, 201, 3, dtype=torch.uint8), (0, 1)
+        example = torch.zeros(150, 201, 3, dtype=torch.uint8)
     else:
         module, ends = Features(backbone), ("images", "features")
-        example, dynamic = torch.zeros(2, 150, 201, 3, dtype=torch.uint8), (0, 1, 2)
+        example = torch.zeros(2, 150, 201, 3, dtype=torch.uint8)
     try:
-        program = to_onnx(module.eval(), example, dynamic, ends)
+        program = to_onnx(module.eval(), example, ends)
     except Exception as error:  # torch.export and torch.onnx raise many types
         raise UsageError(f"backbone {name} cannot be exported: {first_line(error)}") from error
     if not plain:
@@ -139,14 +139,15 @@ def refuse_export(backbone):
 
 
 @torch.no_grad()
-def to_onnx(module, example, dynamic, ends):
-    """Return a torch.onnx.ONNXProgram of a module, whose input has dynamic dimensions."""
-    sizes = {dimension: torch.export.Dim.DYNAMIC for dimension in dynamic}
+def to_onnx(module, example, ends):
+    """Return a torch.onnx.ONNXProgram of a module, for images of any size."""
+    names = dict(enumerate(("batch", "height", "width")[-example.ndim + 1:]))
+    sizes = {dimension: torch.export.Dim.DYNAMIC for dimension in names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.export.export(module, (example,), dynamic_shapes=(sizes,), strict=False)
-        return torch.onnx.export(graph, opset_version=OPSET, verbose=False,
-                                 input_names=ends[:1], output_names=ends[1:])
+        return torch.onnx.export(graph, opset_version=OPSET, verbose=False, input_names=ends[:1],
+                                 output_names=ends[1:], dynamic_shapes=(names,))
 
 
 def use_contrib_attention(model):

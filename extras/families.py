@@ -1,5 +1,6 @@
 """Families of ViTs beyond those that common.py knows: timm's Eva and NaFlexVit in open_clip, and
 TIPSv2 (--backbone tipsv2, tipsv2-b, tipsv2-so, tipsv2-g, or a folder) in transformers."""
+import contextlib
 import functools
 import os
 import shutil
@@ -7,11 +8,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import open_clip
 import torch
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 from common import Backbone, TimmViT, loading, refuse_misfits
 from data.files import RunError, UsageError, atomic_path, first_line
@@ -51,18 +50,11 @@ class NaFlexViT(TimmViT):
 
 def other_family(visual):
     """Return the Backbone class for an image tower of open_clip. Raise UsageError."""
-    if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
-        raise UsageError("its image tower is a ResNet (ModifiedResNet), which has neither patch "
-                         "tokens nor transformer blocks")
     trunk = type(getattr(visual, "trunk", visual))
     if trunk in (Eva, NaFlexVit):
         return EvaViT if trunk is Eva else NaFlexViT
-    if issubclass(trunk, VisionTransformerRelPos):
-        raise UsageError("its image tower has tables of relative positions, which belong to one "
-                         "grid size")
-    raise UsageError(f"its image tower is a {trunk.__name__}, which is not supported: "
-                     "convolutional and hierarchical towers have no single sequence of patch "
-                     "tokens")
+    raise UsageError(f"its image tower is a {trunk.__name__}, which is not supported: only ViTs "
+                     "are whose patches form one sequence, with absolute or rotary positions")
 
 
 # ---- TIPSv2 ----------------------------------------------------------------------------------
@@ -146,7 +138,8 @@ class Tipsv2(Backbone):
                 part.save_pretrained(staging)
             # the configuration comes last, since it makes the folder a model
             for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-                path.chmod(0o644)  # safetensors leaves the weights to their owner alone
+                with contextlib.suppress(PermissionError):  # a file system without modes
+                    path.chmod(0o644)  # safetensors leaves the weights to their owner alone
                 with atomic_path(Path(folder) / path.name) as temporary:
                     os.replace(path, temporary)
         except (OSError, SafetensorError) as error:  # a full disk, mostly

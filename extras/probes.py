@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as colour
 from tqdm import tqdm
 
 from common import IGNORE, bilinear_strips, prefetch, prepare
-from data.files import (RunError, free_bytes, nearest_multiple, read_image, reading, save_array,
-                        save_torch)
+from data.files import (RunError, free_bytes, nearest_multiple, read_image, reading,
+                        resize_image, save_array, save_torch)
 from data.benchmarks import nearest_labels, read_mask, true_segments
 from data.journal import files_state, text_hash
 from evaluate_ovs import label_map, scores
@@ -280,7 +280,7 @@ def read_head(path, device):
     """Return the linear head in a file, and what the file says of it. Raise RunError."""
     with reading(path, "--probe linear writes one where there is none"):
         with safe_open(path, "pt", str(device)) as file:
-            about = json.loads(file.metadata()["probe"])
+            about = json.loads((file.metadata() or {})["probe"])
             tensors = {key: file.get_tensor(key) for key in ("weight", "bias")}
         head = torch.nn.Linear(*tensors["weight"].shape[::-1], device=device)
         head.load_state_dict(tensors)
@@ -306,23 +306,18 @@ def random_crop(image, labels, side, rng):
             image = adjust(image, factor)
     scale = rng.uniform(0.5, 2) * min(side / length for length in labels.shape)
     size = [max(1, int(length * scale)) for length in labels.shape]
-    image, labels = smooth_resize(image, size), nearest_labels(labels, size)
+    image, labels = resize_image(image, size, antialias=True), nearest_labels(labels, size)
     outside = (0, max(0, side - size[1]), 0, max(0, side - size[0]))
     image, labels = F.pad(image, outside), F.pad(labels, outside, value=IGNORE)
     top, left = (int(rng.integers(0, length - side + 1)) for length in labels.shape)
     return image[:, top:top + side, left:left + side], labels[top:top + side, left:left + side]
 
 
-def smooth_resize(image, size):
-    """Resize bilinearly with antialiasing: (3, H, W) uint8 -> (3, *size)."""
-    resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear", antialias=True)
-    return resized[0].round().to(torch.uint8)
-
-
 def crop_logits(head, encode, image, side):
     """Scale an image's short side to `side` and average the logits of windows: (H', W', K)."""
     scale = max(side / length for length in image.shape[-2:])
-    image = smooth_resize(image, [round(length * scale) for length in image.shape[-2:]])
+    size = [round(length * scale) for length in image.shape[-2:]]
+    image = resize_image(image, size, antialias=True)
     axis, length = (0, image.shape[1]) if image.shape[1] > image.shape[2] else (1, image.shape[2])
     total = torch.zeros(*image.shape[1:], head.out_features, device=head.weight.device)
     times = torch.zeros(*image.shape[1:], 1, device=head.weight.device)

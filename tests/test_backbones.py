@@ -95,6 +95,9 @@ def test_segment_gives_the_best_name_at_any_size(backbone, size):
     expected = torch.stack([pixels[0], pixels[1:3].amax(0), pixels[3]]).argmax(0)
     labels = segment(backbone, to_pil_image(image), ["cat", ["grass", "lawn"], "sky"])
     assert labels.shape == size and (labels == expected).float().mean() > 0.999
+    for classes in ("cat, sky", [], ["cat", ""], ["cat", []]):
+        with pytest.raises(TypeError, match="give a list of names"):
+            segment(backbone, image, classes)
 
 
 # ---- text, students, loading ----------------------------------------------------------------

@@ -391,7 +391,7 @@ def test_a_call_that_cannot_work_is_named(own, micro, flags, message, capsys):
     (["--dataset", "voc20", "--prob-threshold", 0.1], "voc20 has none"),
     (["--dataset", "ade20k", "--data-root", "/nowhere"],
      "/nowhere/ADEChallengeData2016 does not exist; --data-root"),
-    (["--classes", "cat"], "cat: 1 classes, but the demo has 23"),
+    (["--classes", "cat, dog"], "cat, dog: 2 classes, but the demo has 23"),
 ])
 def test_a_call_that_cannot_work_on_benchmarks_is_named(root, micro, flags, message, capsys):
     flags = ["--backbone", micro, "--data-root", root, *flags]
@@ -484,7 +484,7 @@ def test_an_interrupted_run_continues_exactly(own, micro, tmp_path, monkeypatch,
     assert "continuing an unfinished run: 6 of 8 label maps" in capsys.readouterr().out
     assert not list((tmp_path / "state").iterdir())
     assert files(tmp_path / "whole") == files(tmp_path / "maps")
-    assert len(files(tmp_path / "maps")) == 2 * 4 * 3 + 1
+    assert len(files(tmp_path / "maps")) == 2 * 4 * 3 + 2
     if labelled:
         assert results(tmp_path / "out.json") == whole
     else:

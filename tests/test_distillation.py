@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import distill
 import extract_teacher
+import time_inference
 from common import as_int8, load_backbone, open_features, start_runtime
 from data.files import RunError, UsageError, read_index, read_lines
 from conftest import SMALL, changed_parameters, extract, files, losses, run, weights
@@ -386,10 +388,12 @@ def test_half_weights_change_no_bit(micro, dtype):
     with torch.autocast("cpu", dtype):
         expected = load_backbone(micro).encode_dense(images)
     backbone = load_backbone(micro)
-    extract_teacher.convert_weights(backbone.visual, dtype)
+    common.convert_weights(backbone.visual, dtype)
     assert backbone.blocks[0].mlp.c_fc.weight.dtype == dtype
     with torch.autocast("cpu", dtype):
         assert torch.equal(backbone.encode_dense(images), expected)
+    assert time_inference.count_flops(backbone, (80, 64)) > 0
+    common.convert_weights(torch.nn.MultiheadAttention(8, 2, kdim=12, vdim=12), dtype)  # CoCa's
 
 
 # ---- from images, and smaller feature maps -----------------------------------------------------

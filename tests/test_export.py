@@ -71,6 +71,8 @@ def test_a_file_gives_the_features_of_torch(name, tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in batches.values():
         (maps,) = session.run(None, {session.get_inputs()[0].name: batch})
+        names = [value.shape[:len(batch.shape) - 1] for value in session.get_inputs()]
+        assert names == [["batch", "height", "width"]]
         # a resampled pixel may be rounded to the next level
         exact = all(side == nearest_multiple(side, patch) for side in batch.shape[1:3])
         for features, image in zip(maps, batch, strict=True):

@@ -76,8 +76,8 @@ def test_every_plain_vit_of_open_clip_works_and_its_window_is_whole_patches():
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("RN50", "ResNet"), ("convnext_base", "hierarchical"),
-    ("vit_relpos_medium_patch16_cls_224", "relative positions")])
+    ("RN50", "ModifiedResNet"), ("convnext_base", "ConvNeXt"),
+    ("vit_relpos_medium_patch16_cls_224", "VisionTransformerRelPos")])
 def test_unsupported_towers_are_refused_with_the_reason(name, reason):
     with torch.device("meta"), pytest.raises(UsageError, match=f"{name}: .*{reason}"):
         load_backbone(name, random_init=True, device="meta")

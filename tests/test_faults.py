@@ -72,14 +72,6 @@ def test_a_model_folder_runs_no_code_of_its_own(place, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_configuration_of_a_million_layers_is_refused(tmp_path):
-    config = json.loads(json.dumps(MICRO))
-    config["model_cfg"]["vision_cfg"]["layers"] = 10 ** 6
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="1000000 layers"):
-        load_backbone(f"local-dir:{tmp_path}", random_init=True)
-
-
 # ---- flags and calls that cannot work --------------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
@@ -117,11 +109,11 @@ def test_a_flag_that_cannot_work_is_named(stage, flags, micro, student, images, 
 
 @pytest.mark.parametrize("flags, code, named", [
     (["--images", "IMAGES"], 2, "--classes"),
-    (["--classes", "cat"], 2, "classes cat"),
+    (["--classes", "cat, dog"], 2, "classes cat, dog"),
     (["--images", "IMAGES", "--classes", "cat, cat"], 2, "'cat'"),
-    (["--images", "IMAGES", "--classes", "cat", "--json", "x.json"], 2, "--masks"),
-    (["--images", "IMAGES", "--classes", "cat", "--masks", "/nowhere"], 1, "/nowhere"),
-    (["--images", "/nowhere", "--classes", "cat"], 1, "/nowhere"),
+    (["--images", "IMAGES", "--classes", "cat, dog", "--json", "x.json"], 2, "--masks"),
+    (["--images", "IMAGES", "--classes", "cat, dog", "--masks", "/nowhere"], 1, "/nowhere"),
+    (["--images", "/nowhere", "--classes", "cat, dog"], 1, "/nowhere"),
     (["--checkpoint", "/nowhere"], 1, "/nowhere")])
 def test_an_evaluation_that_cannot_work_is_named(student, images, capsys, flags, code, named):
     flags = [images if flag == "IMAGES" else flag for flag in flags]
@@ -291,7 +283,7 @@ def test_a_damaged_student_is_named(student, images, tmp_path, capsys, content):
     spar = shutil.copytree(student, tmp_path / "spar")
     (spar / "spar.json").write_text(content)
     _, line = refusal(capsys, evaluate_ovs, "--checkpoint", spar, "--compare",
-                      "--images", images, "--classes", "cat", "--state", tmp_path / "state")
+                      "--images", images, "--classes", "cat, dog", "--state", tmp_path / "state")
     assert "spar.json" in line
 
 

@@ -118,16 +118,18 @@ def test_lines_of_separate_writers_are_newer(tmp_path):
 
 # ---- images ----------------------------------------------------------------------------------
 
-def test_links_to_folders_are_followed_and_loops_end(tmp_path, photos):
+def test_links_to_folders_are_followed_and_loops_end(tmp_path, photos, capsys):
     root = tmp_path / "root"
     root.mkdir()
     (root / "a.JPG").write_text("")
-    (root / "a.txt").write_text("")
+    for name in ("a.txt", "b.HEIC", "c.tif"):
+        (root / name).write_text("")
     (root / "broken.png").symlink_to(tmp_path / "nowhere.png")
     (root / "folder.png").mkdir()
     (root / "link").symlink_to(photos / "sub")
     (root / "loop").symlink_to(root)
     assert files.list_images(root) == ["a.JPG", "link/8.png", "link/9.png"]
+    assert f"{root}: 2 files such as " in capsys.readouterr().err
     assert files.list_images(root / "a.JPG") == ["a.JPG"]
 
 

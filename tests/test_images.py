@@ -185,7 +185,7 @@ def test_the_augmentation_follows_the_size_of_the_images(tmp_path, size, window,
     def fit(*flags):
         args = extract_teacher.parse_args(["--images", "x", "--out", str(tmp_path), *flags])
         augmentation = extract_teacher.choose_augmentation(args)
-        sides = extract_teacher.median_sides(tmp_path, ["a.png", "b.png"])
+        sides, _ = extract_teacher.typical_sides(tmp_path, ["a.png", "b.png"])
         return extract_teacher.fit_to_images(args, augmentation, sides, (window, window))
     long, short, least, ratio = lengths
     expected = Augmentation(long, short, ratio, least)

@@ -72,12 +72,14 @@ def test_class_files_that_are_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("source, background, message", [
-    ("", None, "^classes: the list is empty"), ("missing.txt", None, "^classes.*no such file"),
+    ("", None, "^classes: the list is empty"), ("sky; grass", None, "a single class would take"),
+    ("missing.txt", None, "^classes.*no such file"),
     ("cat,,dog", None, "^classes.*class 2: an empty name"),
     ("cat, dog, Cat", None, "^classes.*class 3: 'Cat' is a name of class 1"),
     (", ".join(f"name {k}" for k in range(300)), None, "^classes: 300 classes"),
     ("cat, dog", "wall,,floor", "^background: an empty name"),
     ("cat, dog", "wall, cat", "'cat'"), ("cat, background", "wall", "called background"),
+    ("cat, dog", "wall | dog", "'dog' is a name of"),
 ])
 def test_class_lists_that_are_refused(source, background, message):
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,5 @@
 """The commands: what they write, and that an interrupted one resumes to the same bytes."""
+import csv
 import importlib
 import json
 import os
@@ -6,10 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.ft2font import FT2Font
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
@@ -19,7 +23,7 @@ from conftest import (ROOT, SMALL, changed_parameters, command, extract, files, 
                       refusal, results, run, save_image, weights)
 from data.benchmarks import Classes
 from data.files import UsageError, read_lines
-from extras.drawing import overlay_image
+from extras import drawing
 
 STAGES = ("extract_teacher", "distill", "evaluate_ovs", "evaluate_probes", "time_inference")
 
@@ -89,9 +93,15 @@ def test_own_images_are_segmented_by_free_names(student, photos, tmp_path, capsy
     run(evaluate_ovs, "--checkpoint", student, "--images", photos / "3.png", "--state",
         tmp_path / "state", "--classes", "cat, grass | lawn, sky", "--save-maps", tmp_path / "maps")
     assert (sorted(path.name for path in (tmp_path / "maps").iterdir())
-            == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "shares.csv"])
+            == ["3.png.labels.png", "3.png.overlay.png", "3.png.pca.png", "classes.csv",
+                "shares.csv"])
     labels = Image.open(tmp_path / "maps" / "3.png.labels.png")
     assert labels.mode == "P" and labels.size == Image.open(photos / "3.png").size
+    with open(tmp_path / "maps" / "classes.csv", newline="") as file:
+        for row, title in zip(csv.DictReader(file), ["cat", "grass", "sky"], strict=True):
+            number = int(row["number"])
+            colour = labels.getpalette()[3 * number:3 * number + 3]
+            assert (row["class"], row["colour"]) == (title, "#" + bytes(colour).hex())
     assert np.asarray(labels).max() < 3
     shares = capsys.readouterr().out.split("3.png (spar): ")[1].splitlines()[0]
     total = sum(float(part.split()[-2]) for part in shares.split(", "))
@@ -110,25 +120,43 @@ def test_several_images_are_segmented_and_the_model_is_named(student, photos, tm
 
 def test_what_makes_results_poor_or_slow_is_said(tmp_path, photos, capsys):
     """Words that the demo's small backbone does not know, and large images."""
-    Image.new("RGB", (1600, 1300)).save(tmp_path / "large.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (100, 100)).save(images / "a.png")
+    for name in ("large.png", "larger.png"):
+        Image.new("RGB", (1600, 1300)).save(images / name)
     flags = ["--backbone", "tiny", "--state", tmp_path / "state", "--save-maps", tmp_path / "maps"]
     run(evaluate_ovs, *flags, "--images", photos / "3.png", "--classes", "sky, zebra crossing")
     captured = capsys.readouterr()
     assert "tiny never learnt crossing, zebra" in captured.out
     assert "--short-side" not in captured.out + captured.err
     assert "earlier runs" not in captured.out
-    run(evaluate_ovs, *flags, "--images", tmp_path / "large.png", "--classes", "sky, red ball")
-    captured = capsys.readouterr()
-    assert "never learnt" not in captured.out and "8100 patches" in captured.out + captured.err
-    assert f"label maps of earlier runs in {tmp_path / 'maps'}: 1\n" in captured.out
+    for words, other in (("sky, red ball", ", of other classes"), ("sky, red ball", "")):
+        run(evaluate_ovs, *flags, "--images", images, "--classes", words)
+        captured = capsys.readouterr()
+        assert "never learnt" not in captured.out
+        assert (captured.out + captured.err).count("8100 patches") == 1
+        assert f"label maps of earlier runs in {tmp_path / 'maps'}: 1{other}\n" in captured.out
 
 
 def test_a_long_name_takes_several_lines_of_the_legend():
     image, labels = torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(40, 60).long()
     labels[:, 30:] = 1
-    short = overlay_image(image, labels, Classes([["sky"], ["cat"]]))
-    long = overlay_image(image, labels, Classes([["sky"], ["a cat that sleeps " * 20]]))
+    short = drawing.overlay_image(image, labels, Classes([["sky"], ["cat"]]))
+    long = drawing.overlay_image(image, labels, Classes([["sky"], ["a cat that sleeps " * 20]]))
     assert long.width < 400 and long.height > 10 * 18 > short.height
+
+
+def test_a_legend_takes_a_font_that_has_the_letters(monkeypatch):
+    """DejaVu Sans has no letter of the private use area, of which STIXNonUnicode has some."""
+    folder = Path(matplotlib.get_data_path(), "fonts/ttf")
+    monkeypatch.setattr(drawing, "findSystemFonts", lambda: [str(folder / "STIXNonUni.ttf")])
+    usual, other = (set(FT2Font(folder / f"{name}.ttf").get_charmap())
+                    for name in ("DejaVuSans", "STIXNonUni"))
+    letter = chr(min(other - usual))
+    assert drawing.font(12, "sky 1 %").getname() == ("DejaVu Sans", "Book")
+    assert drawing.font(12, letter).getname()[0] == "STIXNonUnicode"
+    assert drawing.font(12, "\U0010fffd").getname() == ("DejaVu Sans", "Book")
 
 
 def test_a_class_that_no_mask_holds_is_left_out_of_a_second_mean(student, tmp_path, capsys):

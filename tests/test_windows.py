@@ -131,6 +131,17 @@ def test_a_student_remembers_its_windows(windowed, student, photos, tmp_path):
                                                  loaded.visual.parameters()))
 
 
+def test_flops_of_windows_are_counted(windowed):
+    """9 windows of 16 patches and a class token enter one of 3 blocks of width 32, and 65 tokens
+    the others, the last of which keeps its value path. Their joining costs a little more."""
+    def block(tokens):
+        return 24 * tokens * 32 ** 2 + 4 * tokens ** 2 * 32
+    ends = 2 * 3 * 16 ** 2 * 32 * 9 * 16 + 2 * 64 * 32 * 24
+    expected = ends + 9 * block(17) + block(65) + 20 * 64 * 32 ** 2
+    counted = time_inference.count_flops(load_backbone(windowed), (128, 128))
+    assert expected < counted < 1.1 * expected
+
+
 @pytest.mark.slow
 def test_every_stage_follows_without_a_flag(windowed, photos, masks, tmp_path):
     data = ["--images", photos, "--masks", masks, "--classes", "cat, dog, sky", "--limit", 2]
@@ -144,7 +155,6 @@ def test_every_stage_follows_without_a_flag(windowed, photos, masks, tmp_path):
     run(time_inference, "--backbone", windowed, "--sizes", "128x128", "--strides", 0,
         "--warmup", 0, "--repeats", 1, "--json", tmp_path / "time.json")
     row, = json.loads((tmp_path / "time.json").read_text())["rows"]
-    # 9 windows of 16 patches and a class token in one of 3 blocks, 65 tokens in the others
     assert row["tflop"] == time_inference.count_flops(load_backbone(windowed), (128, 128)) / 1e12
     run(extract_teacher, "--backbone", windowed, "--images", photos, "--stride", 0,
         "--augment", "none", "--out", tmp_path / "features", "--limit", 1)
