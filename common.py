@@ -1196,18 +1196,17 @@ def synchronised_time(device):
 
 def prefetch(function, items, workers=2):
     """Yield function(item) for each item, in order, computed ahead by threads."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, workers))
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # without waiting, as Ctrl-C may have left a lock of the pool locked
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- running a stage -------------------------------------------------------------------------
@@ -1256,6 +1255,10 @@ def run_stage(main, args):
     end_at_once()  # torchrun sends signals, too
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if code == 130:  # sys.exit would wait for the threads of prefetch
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+        os._exit(code)
     sys.exit(code)
 
 

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,8 +24,8 @@ import extract_teacher
 import time_inference
 from common import load_backbone
 from data.files import RunError, UsageError, atomic_path, read_image, read_index, read_lines
-from conftest import (MICRO, SMALL, Malicious, changed_parameters, command, copy_files, extract,
-                      files, finish, losses, refusal, run, weights)
+from conftest import (MICRO, ROOT, SMALL, Malicious, changed_parameters, command, copy_files,
+                      extract, files, finish, losses, refusal, run, weights)
 
 
 @pytest.fixture
@@ -460,10 +462,26 @@ def test_what_a_user_can_cause_ends_in_one_line(error, code, named, capfd, monke
     def main(args):
         raise error
     monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as leaving:
         common.run_stage(main, None)
     text = capfd.readouterr().err
     assert leaving.value.code == code and named in text and text.count("\n") <= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_stage_whose_threads_wait_for_ever():
+    """As they do if the signal came while the main thread held a lock that they need."""
+    text = ("import threading, common\n"
+            "lock = threading.Lock()\n"
+            "lock.acquire()\n"
+            "def main(args):\n"
+            "    for _ in common.prefetch(lambda item: item and lock.acquire(), range(3)):\n"
+            "        raise KeyboardInterrupt\n"
+            "common.run_stage(main, None)\n")
+    ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=100,
+                           capture_output=True, text=True)
+    assert ended.returncode == 130 and "continue with" in ended.stderr
 
 
 def test_a_defect_keeps_its_traceback(own_signals):
