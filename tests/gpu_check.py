@@ -39,7 +39,8 @@ from benchmark import Clock, make_images, noting, our_loop
 from common import (DEMO, FrozenWindows, Runtime, Stitcher, cut_windows, load_backbone,
                     open_features, start_runtime)
 from conftest import NATIVE, copy_files, losses, results, run, shaken, weights, write_folder
-from data.files import RunError, first_line, read_index, read_json, read_lines, write_json
+from data.files import (RunError, apply_augmentation, first_line, read_index, read_json,
+                        read_lines, write_json)
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2}  # of relative errors
 
@@ -99,6 +100,20 @@ def check_stitching(args):
             stitcher.add(maps.to(device))
         found.append((features.result(), pixels.result(), pixels.strips((150, 190))(0, 150)))
     return f"off by {max(assert_close(*pair, 1e-5) for pair in zip(*found)):.0e}"
+
+
+def check_resizing(args):
+    """Compare images that the device resizes, whose values may be rounded to the next level."""
+    image = torch.randint(0, 256, (3, 333, 500), dtype=torch.uint8)
+    plan, moved = {"resize": [412, 619], "crop": [7, 9, 400, 560], "flip": True}, 0
+    for factor in (1, 2):
+        plan["resize"] = [side * factor for side in plan["resize"]]
+        expected, found = (apply_augmentation(image.to(device), plan).cpu().int()
+                           for device in ("cpu", args.device))
+        difference = (found - expected).abs()
+        assert difference.max() <= 1 and difference.sum() < 1e-3 * difference.numel()
+        moved = max(moved, (difference.sum() / difference.numel()).item())
+    return f"{moved:.0e} of the values differ by a level"
 
 
 # ---- stages, with the demo's tiny; a command that is repeated finds everything done -----------
@@ -266,7 +281,7 @@ def pass_speed(args):
 
 CHECKS = {
     **{f"family: {name}": functools.partial(check_family, name=name) for name in FAMILIES},
-    "stitching": check_stitching,
+    "stitching": check_stitching, "resizing": check_resizing,
     "stage: extraction": check_extraction,
     "stage: extraction whose activations overflow": check_overflow,
     **{f"stage: distillation {flags}".rstrip(): functools.partial(check_training, flags=flags)
