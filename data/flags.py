@@ -96,7 +96,7 @@ def add_data_flags(parser):
     add("--check-data", action="store_true", help="only check counts, pairs, sizes and label ids")
     add("--images", type=filled, metavar="PATH", nargs="+", help="your own images: folders, files")
     add("--masks", type=filled, metavar="DIR", help="label masks of --images: PNG files of the "
-        "same relative names, one channel of class numbers, 255 is ignored. Masks of colours: "
+        "same relative names, one channel of class numbers, 255 for no label. Masks of colours: "
         "numpy.asarray(Image.open(mask).convert('RGB')), compare with each class's colour over the "
         "last axis, and save the class numbers as uint8")
     add("--classes", metavar="FILE|NAMES", help="a file with one class a line and commas between "

@@ -93,8 +93,8 @@ def read_student(folder, backbone=None, needs_teacher=False):
                     f"trained blocks: {settings['train_blocks'] or 'none'}")
         same = not backbone or BACKBONES.get(backbone, backbone) == BACKBONES.get(name, name)
     if not any((folder / file).is_file() for file in MODEL_FILES):
-        raise RunError(f"{folder} holds no finished student; the distill.py command that began "
-                       "it continues, and writes one")
+        raise RunError(f"{folder} holds no finished student; give the --out of distill.py, whose "
+                       "command continues what was interrupted")
     if not same:
         raise UsageError(f"--checkpoint {folder} with --backbone {backbone} must be a file with "
                          "a SPAR state dict of the authors; this is a folder with a student of "
