@@ -111,7 +111,8 @@ def test_own_images_are_segmented_by_free_names(student, photos, tmp_path, capsy
 @pytest.mark.slow
 def test_several_images_are_segmented_and_the_model_is_named(student, photos, tmp_path, capsys):
     run(evaluate_ovs, "--checkpoint", f"local-dir:{student}", "--images", photos / "3.png",
-        photos / "sub", "--classes", "cat, sky", "--state", tmp_path / "state", "--save-maps", tmp_path / "maps")
+        photos / "sub", "--classes", "cat, sky", "--state", tmp_path / "state", "--save-maps",
+        tmp_path / "maps")
     output = capsys.readouterr().out
     assert f"student {student} (" in output and f"20 feature maps of {photos.name}" in output
     for name in ("3.png", "sub/8.png", "sub/9.png"):
