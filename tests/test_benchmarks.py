@@ -419,7 +419,7 @@ def test_two_processes_count_the_same_pixels(fork, own, micro, tmp_path):
                                            two], world=2)
     assert codes == [0, 0], outputs
     assert results(tmp_path / "one.json") == results(tmp_path / "two.json")
-    assert files(one) == files(two) and len(files(two)) == 2 * 4 * 3 + 1
+    assert files(one) == files(two) and len(files(two)) == 2 * 4 * 3 + 2
     # without masks, the areas of all images are in one file
     flags = ["--images", own[1], *flags[4:], "--save-maps"]
     evaluate(*flags, one)
