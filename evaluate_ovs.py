@@ -357,7 +357,7 @@ class Evaluation:
         """Open the journal named by all that counts depend on, and take a share of the rest."""
         method, dataset = self.method, self.dataset
         depends = text_hash([
-            settings, method.label, method.backbone.digest, repr(method.lposs),
+            settings, method.label, repr(method.lposs),
             method.anyup and method.anyup.digest, str(self.size), asdict(self.rule),
             dataset.classes.names, hashlib.sha256(self.texts.cpu().numpy()).hexdigest(),
             files_state(dataset), str(self.maps)])

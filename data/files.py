@@ -44,6 +44,12 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def in_words(settings):
+    """Return the fields of a dataclass in one line: "epochs 8, lr 0.0005"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}"
+                     for name, value in dataclasses.asdict(settings).items())
+
+
 @contextlib.contextmanager
 def reading(path, remedy):
     """Turn errors in parsing or first using a file into a RunError that names it and a remedy."""
@@ -124,12 +130,6 @@ def save_torch(path, value):
             torch.save(value, temporary)
         except RuntimeError as error:  # how it reports a full disk
             raise OSError(first_line(error)) from error
-
-
-def in_words(settings):
-    """Return the fields of a dataclass in one line: "epochs 8, lr 0.0005"."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}"
-                     for name, value in dataclasses.asdict(settings).items())
 
 
 def write_json(path, value):

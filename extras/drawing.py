@@ -78,22 +78,23 @@ def overlay_image(image, labels, classes):
     blend = 0.45 * image.permute(1, 2, 0).numpy() + 0.55 * colours[labels.numpy()]
     blend = Image.fromarray(blend.astype(np.uint8))
     areas = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
-    lines = []  # a colour and a text each; long names take several
+    size = max(12, max(blend.size) // 60)  # of the letters, in pixels
+    lines = []  # a colour, a text and its font each; long names take several
     for k in areas.argsort(descending=True).tolist():
         texts = textwrap.wrap(f"{classes.titles[k]}  {100 * areas[k]:.1f}\xa0%", width=36)
         if areas[k] >= 0.001:
-            lines += zip([colours[k], *[WHITE] * len(texts)], texts)
-    size = max(12, max(blend.size) // 60)  # of the letters, in pixels
+            face = font(size, f"{classes.titles[k]} 0123456789.%")  # one for all areas
+            lines += ((WHITE if row else colours[k], text, face) for row, text in enumerate(texts))
     margin, line = size // 2, 3 * size // 2
-    width = int(max(font(size, text).getlength(text) for _, text in lines)) + 2 * line
+    width = int(max(face.getlength(text) for _, text, face in lines)) + 2 * line
     sheet = Image.new("RGB", (blend.width + width + margin,
                               max(blend.height, line * len(lines) + margin)), "white")
     sheet.paste(blend)
     draw = ImageDraw.Draw(sheet)
-    for row, (colour, text) in enumerate(lines):
+    for row, (colour, text, face) in enumerate(lines):
         left, top = blend.width + margin, margin + row * line
         draw.rectangle([left, top, left + size, top + size], fill=tuple(colour.tolist()))
-        draw.text((left + line, top - size // 6), text, fill="black", font=font(size, text))
+        draw.text((left + line, top - size // 6), text, fill="black", font=face)
     return sheet
 
 
@@ -145,23 +146,23 @@ def write_shares(table):
     which number and colour it has (classes.csv). Print shares where there is no score to print."""
     folder = table[0].maps.parent if len(table) > 1 else table[0].maps
     classes, lines = table[0].dataset.classes, []
-    titles = classes.titles
     for evaluation in table:
         for name in sorted(evaluation.journal.done):
             areas = evaluation.confusion([name]).sum(0)  # of the predictions
             areas = (100 * areas / areas.sum()).tolist()
             lines.append([name, evaluation.method.label, *(f"{area:.2f}" for area in areas)])
             if table[0].dataset.masks is None:
-                largest = sorted(zip(areas, titles), reverse=True)
+                largest = sorted(zip(areas, classes.titles), reverse=True)
                 print(f"{name} ({evaluation.method.label}): " + ", ".join(
                     f"{title} {area:.1f} %" for area, title in largest if area > 0))
     path = folder / "shares.csv"
-    write_csv(path, [["image", "method", *(f"{title} %" for title in titles)], *lines])
+    write_csv(path, [["image", "method", *(f"{title} %" for title in classes.titles)],
+                     *lines])
     legend = folder / "classes.csv"
     before = legend.read_bytes() if legend.is_file() else None
     write_csv(legend, [["number", "class", "colour"], *(
-        [number, title, "#" + palette(classes)[number].tobytes().hex()]
-        for number, title in enumerate(titles))])
+        [number, title, "#" + colour.tobytes().hex()]
+        for number, (title, colour) in enumerate(zip(classes.titles, palette(classes))))])
     other = ", of other classes" if before not in (None, legend.read_bytes()) else ""
     print(f"maps in {folder}, the share of each class in {path}")
     now = {map_path(evaluation.maps, name, "labels")

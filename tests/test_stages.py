@@ -146,6 +146,9 @@ def test_a_long_name_takes_several_lines_of_the_legend():
     short = drawing.overlay_image(image, labels, Classes([["sky"], ["cat"]]))
     long = drawing.overlay_image(image, labels, Classes([["sky"], ["a cat that sleeps " * 20]]))
     assert long.width < 400 and long.height > 10 * 18 > short.height
+    fonts = drawing.font.cache_info().currsize
+    drawing.overlay_image(image[..., 7:], labels[:, 7:], Classes([["sky"], ["cat"]]))
+    assert drawing.font.cache_info().currsize == fonts  # no new ones for other areas
 
 
 def test_a_legend_takes_a_font_that_has_the_letters(monkeypatch):
