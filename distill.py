@@ -144,7 +144,7 @@ def plan_frozen_tokens(where, student, teacher, recipe, runtime):
     if auto and recipe.epochs == 1:
         return None, "a single epoch uses them only once"
     with runtime.autocast():
-        example = frozen_tokens(student, teacher.image(teacher.smallest, device=runtime.device))
+        example = frozen_tokens(student, teacher.image(teacher.smallest, 1.0, runtime.device))
     largest = example.abs().max().item()
     if auto and largest > 65504 / 4:  # other images may reach more
         return None, f"they reach {largest:g}, too close to the largest float16, 65504"
